@@ -1,0 +1,1 @@
+"""How a fused op becomes code: providers for each target, Triton kernels, loops for Inductor's own code generators."""

@@ -1,0 +1,135 @@
+"""The record of a fused site: everything that shapes its result, and nothing of the graph it came from.
+
+A record is plain frozen data. It prints as the report shows it, `to_text` is the string an fxfuse op carries in the
+graph, and `from_text` reads it back. Two sites with equal records share one proof and one compiled kernel.
+"""
+
+import dataclasses
+import functools
+import json
+from typing import Any, Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """Where the two members of pair k stand: first + step * k and second + step * k."""
+
+    first: int
+    second: int
+    step: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Rotation:
+    """A rotation of `pairs` channel pairs; for each k in range(pairs), with every index taken from its Pair:
+
+    y[y.first]  = x[x.first]  * cos[cos.first]  + signs[0] * x[x.second] * sin[sin.first]
+    y[y.second] = x[x.second] * cos[cos.second] + signs[1] * x[x.first]  * sin[sin.second]
+    """
+
+    pairs: int
+    x: Pair
+    y: Pair
+    cos: Pair
+    sin: Pair
+    signs: tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """Channels that go through unrotated: y[y_start + i] = x[x_start + i] for i in range(length)."""
+
+    x_start: int
+    y_start: int
+    length: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Norm:
+    """RMSNorm of a head: x * rsqrt(mean(x * x) + eps) * (weight + weight_offset), in float32.
+
+    over           "head": the statistic is taken over the head's channels inside the op; "given": the graph computed it
+                   (a norm over the whole hidden width) and hands it over as the stream's row scale.
+    when           "before" or "after" the rotation; decides also which channels the weight meets.
+    has_weight     False for a norm without weight; the weight is [D], or [H, D] when it differs by head.
+    weight_offset  1.0 for Gemma's (1 + weight), added in float32.
+    """
+
+    over: Literal["head", "given"]
+    when: Literal["before", "after"]
+    has_weight: bool
+    weight_offset: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """What happens to one of q, k, v between its projection and attention.
+
+    channels     D, of the input row and of the output row
+    has_scale    a row scale tensor multiplies the result; with Norm.over == "given" it is the statistic
+    scale        a constant factor of the result
+    dtype        of the result, a torch dtype's name
+    heads_first  memory order of the result: [B, H, T, D] dense if true, else [B, T, H, D] dense
+    keep         the result is returned; False when only the cache receives it
+    """
+
+    channels: int
+    norm: Norm | None
+    rotation: Rotation | None
+    passes: tuple[Pass, ...]
+    has_scale: bool = False
+    scale: float = 1.0
+    dtype: str = "float32"
+    heads_first: bool = False
+    keep: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Store:
+    """Rows of k (and v) written into caches at cache[b, g, slots[t]] or cache[b, slots[t], g].
+
+    heads_first  the cache is [B, G, S, D] if true, else [B, S, G, D]
+    negative     what slot -1 means: "invalid" (index_copy_: never given) or "wrap" (index_put_: the last slot)
+    """
+
+    heads_first: bool
+    negative: Literal["invalid", "wrap"] = "invalid"
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One fused site: streams q, k and v (v only where it is stored), and where k and v are stored."""
+
+    q: Stream
+    k: Stream | None = None
+    v: Stream | None = None
+    store: Store | None = None
+
+    def to_text(self) -> str:
+        return json.dumps(dataclasses.asdict(self), separators=(",", ":"), sort_keys=True)
+
+    @staticmethod
+    @functools.cache
+    def from_text(text: str) -> "Record":
+        data = json.loads(text)
+        return Record(
+            q=_stream(data["q"]),
+            k=_stream(data["k"]) if data["k"] else None,
+            v=_stream(data["v"]) if data["v"] else None,
+            store=Store(**data["store"]) if data["store"] else None,
+        )
+
+
+def _stream(data: dict[str, Any]) -> Stream:
+    norm, rotation, passes = data.pop("norm"), data.pop("rotation"), data.pop("passes")
+    return Stream(
+        norm=Norm(**norm) if norm else None,
+        rotation=_rotation(rotation) if rotation else None,
+        passes=tuple(Pass(**p) for p in passes),
+        **data,
+    )
+
+
+def _rotation(data: dict[str, Any]) -> Rotation:
+    pairs = {name: Pair(**data.pop(name)) for name in ("x", "y", "cos", "sin")}
+    return Rotation(signs=tuple(data.pop("signs")), **pairs, **data)
