@@ -1,1 +1,1 @@
-"""How a fused op becomes code: providers for each target, Triton kernels, loops for Inductor's own code generators."""
+"""How a fused op becomes code: a table of providers, a Triton kernel, loops for Inductor."""

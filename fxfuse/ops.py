@@ -1,0 +1,204 @@
+"""The two fused ops, registered with torch.library: fxfuse::norm_rope and fxfuse::norm_rope_store_.
+
+In comes what a rewritten graph hands over: q, k, v as views of their projections, weights, tables,
+slots, caches and the record as text. Out come q and k, in the memory order the record names.
+Importing this module defines the ops; compiled graphs get their kernels from `fxfuse.lowering`.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxfuse import gradients, reference
+from fxfuse.patterns.record import Record, Stream
+
+NORM_ROPE = (
+    "norm_rope(Tensor q, Tensor? k, Tensor? q_weight, Tensor? k_weight, Tensor? q_scale, "
+    "Tensor? k_scale, Tensor? cos, Tensor? sin, float q_eps, float k_eps, str record) "
+    "-> (Tensor, Tensor)"
+)
+NORM_ROPE_STORE_ = (
+    "norm_rope_store_(Tensor q, Tensor? k, Tensor? v, Tensor? q_weight, Tensor? k_weight, "
+    "Tensor? q_scale, Tensor? k_scale, Tensor? cos, Tensor? sin, Tensor slots, "
+    "Tensor(a!) k_cache, Tensor(b!)? v_cache, float q_eps, float k_eps, str record) "
+    "-> (Tensor, Tensor)"
+)
+
+# Kept for the life of the process: a Library that is collected takes its ops with it.
+library = torch.library.Library("fxfuse", "FRAGMENT")
+
+
+def norm_rope(
+    q: Tensor,
+    k: Tensor | None,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    q_scale: Tensor | None,
+    k_scale: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    q_eps: float,
+    k_eps: float,
+    record: str,
+) -> tuple[Tensor, Tensor]:
+    """RMSNorm and RoPE of q and k: y = scale * row_scale * rope(x * rsqrt(mean(x²) + eps) * w).
+
+    Shapes: q [B, T, H, D], k [B, T, G, D]; weights [D] or [H, D]; scales [B|1, T|1, H|1];
+        cos, sin [B|1, T|1, Rt]; results as q and k, [0] where k is absent or not kept.
+    Layout: inputs any strides; results dense, [B, H, T, D] in memory where heads_first.
+    Dtypes: any floating input; results as the record says.
+    Rounding: float32 (float64 for float64 inputs) inside, one rounding at the end.
+    Mutates: nothing. Differentiable in q, k, weights and scales.
+    Errors: ValueError where shapes and record disagree, NotImplementedError for table gradients.
+    Source: RMSNorm arXiv:1910.07467, RoPE arXiv:2104.09864, in float32 as Inductor fuses them.
+    """
+    result: tuple[Tensor, Tensor] = torch.ops.fxfuse.norm_rope(
+        q, k, q_weight, k_weight, q_scale, k_scale, cos, sin, q_eps, k_eps, record
+    )
+    return result
+
+
+def norm_rope_store_(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    q_scale: Tensor | None,
+    k_scale: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    slots: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor | None,
+    q_eps: float,
+    k_eps: float,
+    record: str,
+) -> tuple[Tensor, Tensor]:
+    """As `norm_rope`, and the rows of k and v written at cache[b, g, slots[t]].
+
+    Shapes: as norm_rope; v [B, T, G, Dv]; slots [T] of an integer dtype, the same for every
+        batch row; caches [B, G, S, D] where the store is heads_first, else [B, S, G, D].
+    Layout: any strides everywhere; results as norm_rope.
+    Dtypes: as norm_rope; rows are cast to the cache's dtype after their own rounding.
+    Rounding: as norm_rope; v is copied.
+    Mutates: k_cache and v_cache, at the slots alone. Not differentiable.
+    Errors: ValueError where shapes and record disagree.
+    Source: transformers' StaticCache (index_copy_) and in-place index_put_ caches.
+    """
+    result: tuple[Tensor, Tensor] = torch.ops.fxfuse.norm_rope_store_(
+        q, k, v, q_weight, k_weight, q_scale, k_scale, cos, sin, slots, k_cache, v_cache,
+        q_eps, k_eps, record,
+    )  # fmt: skip
+    return result
+
+
+def dense(x: Tensor, stream: Stream) -> Tensor:
+    """Uninitialised memory for a result: shaped as x, in the memory order of the record."""
+    b, t, h, d = x.shape
+    dtype = getattr(torch, stream.dtype)
+    if stream.heads_first:
+        return x.new_empty((b, h, t, d), dtype=dtype).transpose(1, 2)
+    return x.new_empty((b, t, h, d), dtype=dtype)
+
+
+def empty_results(q: Tensor, k: Tensor | None, record: Record) -> tuple[Tensor, Tensor]:
+    """Results of the right shapes, strides and dtypes; also the fake implementation of both ops."""
+    if k is None or record.k is None or not record.k.keep:
+        return dense(q, record.q), q.new_empty((0,))
+    return dense(q, record.q), dense(k, record.k)
+
+
+@functools.cache
+def read_record(text: str) -> Record:
+    """The record of an op call, refused where its channels do not tile a row."""
+    record = Record.from_text(text)
+    for name, stream in (("q", record.q), ("k", record.k), ("v", record.v)):
+        if stream is not None:
+            _check_tiling(name, stream)
+    return record
+
+
+def _check_tiling(name: str, stream: Stream) -> None:
+    whole = list(range(stream.channels))
+    turn = stream.rotation
+    for side in ("x", "y"):
+        covered = [getattr(p, f"{side}_start") + i for p in stream.passes for i in range(p.length)]
+        if turn is not None:
+            pair = getattr(turn, side)
+            starts = (pair.first, pair.second)
+            covered += [s + pair.step * i for s in starts for i in range(turn.pairs)]
+        if sorted(covered) != whole:
+            raise ValueError(
+                f"fxfuse: record of {name}: its pairs and passes cover {side} channels "
+                f"{sorted(covered)}, wanted each of range({stream.channels}) once; "
+                "this is a bug in the planner that wrote the record"
+            )
+
+
+def _check_row(name: str, x: Tensor | None, stream: Stream | None) -> None:
+    if x is None or stream is None:
+        return
+    if x.dim() != 4 or x.shape[-1] != stream.channels:
+        raise ValueError(
+            f"fxfuse: {name}: got shape {tuple(x.shape)}, wanted [B, T, heads, "
+            f"{stream.channels}]; view the projection's output by heads first"
+        )
+
+
+def _norm_rope(q: Tensor, k: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+    record = read_record(rest[-1])
+    _check_row("q", q, record.q)
+    _check_row("k", k, record.k)
+    return _filled(q, k, reference.norm_rope(q, k, *rest[:-1], record), record)
+
+
+def _norm_rope_store_(
+    q: Tensor, k: Tensor | None, v: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    record = read_record(rest[-1])
+    _check_row("q", q, record.q)
+    _check_row("k", k, record.k)
+    _check_row("v", v, record.v)
+    return _filled(q, k, reference.norm_rope_store_(q, k, v, *rest[:-1], record), record)
+
+
+def _filled(
+    q: Tensor, k: Tensor | None, rows: tuple[Tensor, Tensor | None], record: Record
+) -> tuple[Tensor, Tensor]:
+    # Copied, so that strides are exactly the contract's and no result aliases an input.
+    q_out, k_out = empty_results(q, k, record)
+    q_out.copy_(rows[0])
+    if k_out.dim() == 4 and rows[1] is not None:
+        k_out.copy_(rows[1])
+    return q_out, k_out
+
+
+def _fake_norm_rope(q: Tensor, k: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+    record = read_record(rest[-1])
+    _check_row("q", q, record.q)
+    _check_row("k", k, record.k)
+    return empty_results(q, k, record)
+
+
+def _fake_norm_rope_store_(
+    q: Tensor, k: Tensor | None, v: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    _check_row("v", v, read_record(rest[-1]).v)
+    return _fake_norm_rope(q, k, *rest)
+
+
+def _define(schema: str, run: Any, fake: Any) -> None:
+    name = schema.split("(")[0]
+    library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fxfuse::{name}", fake, lib=library)
+
+
+_define(NORM_ROPE, _norm_rope, _fake_norm_rope)
+_define(NORM_ROPE_STORE_, _norm_rope_store_, _fake_norm_rope_store_)
+torch.library.register_autograd(
+    "fxfuse::norm_rope", gradients.backward, setup_context=gradients.save, lib=library
+)

@@ -1,0 +1,177 @@
+"""The two fused ops in plain PyTorch: the truth for tests and proofs, and the path without kernels.
+
+In comes what an op takes, with its record already read; out come the op's results, laid out in no
+particular memory order. Everything is functional but the cache store, differentiable, and made of
+ATen calls whose sizes may be symbolic: the loop provider lowers a trace of these very functions.
+"""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from fxfuse.patterns.record import Norm, Pair, Record, Rotation, Stream
+
+
+def norm_rope(
+    q: Tensor,
+    k: Tensor | None,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    q_scale: Tensor | None,
+    k_scale: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    q_eps: float,
+    k_eps: float,
+    record: Record,
+) -> tuple[Tensor, Tensor | None]:
+    """q and k after their record: scale * row_scale * norm/rope(x), see `row`; None without k."""
+    q_row = row(q, record.q, q_weight, q_scale, cos, sin, q_eps)
+    if k is None or record.k is None:
+        return q_row, None
+    return q_row, row(k, record.k, k_weight, k_scale, cos, sin, k_eps)
+
+
+def norm_rope_store_(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    q_scale: Tensor | None,
+    k_scale: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    slots: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor | None,
+    q_eps: float,
+    k_eps: float,
+    record: Record,
+) -> tuple[Tensor, Tensor | None]:
+    """As `norm_rope`; then k_cache[b, slots[t]] = k[b, t], and v_cache from v the same way."""
+    assert record.store is not None
+    q_row, k_row = norm_rope(
+        q, k, q_weight, k_weight, q_scale, k_scale, cos, sin, q_eps, k_eps, record
+    )
+    if k_row is not None:
+        store_(k_cache, slots, k_row, record.store.heads_first)
+    if v is not None and v_cache is not None and record.v is not None:
+        v_row = row(v, record.v, None, None, cos, sin, 0.0)
+        store_(v_cache, slots, v_row, record.store.heads_first)
+    return q_row, k_row
+
+
+def row(
+    x: Tensor,
+    stream: Stream,
+    weight: Tensor | None,
+    scale: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """One stream: scale * row_scale * rope(norm(x)), or with the norm after the rotation.
+
+    Shapes: x [B, T, H, D]; weight [D] or [H, D]; scale [B|1, T|1, H|1]; cos, sin [B|1, T|1, Rt].
+    Rounding: float64 throughout for a float64 x, else float32; once, at the end, to stream.dtype.
+    """
+    work = working_dtype(x)
+    norm = stream.norm
+    y = x.to(work)
+    if norm and norm.when == "before":
+        y = normalise(y, norm, weight, eps)
+    y = rotate(y, stream, cos, sin)
+    if norm and norm.when == "after":
+        y = normalise(y, norm, weight, eps)
+    if stream.has_scale and scale is not None:
+        y = y * scale.to(work).unsqueeze(-1)
+    if stream.scale != 1.0:
+        y = y * stream.scale
+    return y.to(getattr(torch, stream.dtype))
+
+
+def normalise(x: Tensor, norm: Norm, weight: Tensor | None, eps: float) -> Tensor:
+    """x * rsqrt(mean(x * x) + eps) * (weight + offset); no statistic where it is given."""
+    if norm.over == "head":
+        x = x * torch.rsqrt((x * x).mean(-1, keepdim=True) + eps)
+    if norm.has_weight and weight is not None:
+        x = x * offset_weight(weight.to(x.dtype), norm)
+    return x
+
+
+def offset_weight(weight: Tensor, norm: Norm) -> Tensor:
+    return weight + norm.weight_offset if norm.weight_offset else weight
+
+
+def rotate(x: Tensor, stream: Stream, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+    """The record's rotation and passes, see `Rotation` and `Pass`. Shapes: x [B, T, H, D]."""
+    parts = [(p.y_start, 1, take(x, p.x_start, 1, p.length)) for p in stream.passes]
+    turn = stream.rotation
+    if turn is not None:
+        assert cos is not None and sin is not None
+        first, second = turned(x, turn, cos.to(x.dtype), sin.to(x.dtype))
+        if turn.y.step == 2 and turn.y.second == turn.y.first + 1:
+            parts.append((turn.y.first, 1, torch.stack((first, second), -1).flatten(-2)))
+        else:
+            parts += [(turn.y.first, turn.y.step, first), (turn.y.second, turn.y.step, second)]
+    return assembled(x, parts)
+
+
+def turned(x: Tensor, turn: Rotation, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Both members of each pair, rotated. Shapes: x [B, T, H, D] -> two of [B, T, H, pairs]."""
+    x_first, x_second = members(x, turn.x, turn.pairs)
+    cos_first, cos_second = members(cos.unsqueeze(2), turn.cos, turn.pairs)
+    sin_first, sin_second = members(sin.unsqueeze(2), turn.sin, turn.pairs)
+    first = x_first * cos_first + turn.signs[0] * x_second * sin_first
+    second = x_second * cos_second + turn.signs[1] * x_first * sin_second
+    return first, second
+
+
+def members(x: Tensor, pair: Pair, pairs: int) -> tuple[Tensor, Tensor]:
+    return take(x, pair.first, pair.step, pairs), take(x, pair.second, pair.step, pairs)
+
+
+def take(x: Tensor, start: int, step: int, length: int) -> Tensor:
+    """x[..., start + step * i] for i in range(length), as a view."""
+    return x[..., start : start + step * (length - 1) + 1 : step]
+
+
+def assembled(x: Tensor, parts: list[tuple[int, int, Tensor]]) -> Tensor:
+    """One row like x of (start, step, part)s that tile its channels."""
+    # cat is what Inductor's C++ loops vectorise; strided parts in odd places need the scatter.
+    if all(step == 1 or part.shape[-1] == 1 for _, step, part in parts):
+        ordered = [part for _, _, part in sorted(parts, key=lambda p: p[0])]
+        return ordered[0] if len(ordered) == 1 else torch.cat(ordered, -1)
+    y = torch.zeros_like(x)
+    for start, step, part in parts:
+        end = start + step * (part.shape[-1] - 1) + 1
+        y = torch.slice_scatter(y, part, -1, start, end, step)
+    return y
+
+
+def store_(cache: Tensor, slots: Tensor, rows: Tensor, heads_first: bool) -> None:
+    """cache[b, :, slots[t]] = rows[b, t] ([B, G, S, D]) or cache[b, slots[t]] = rows[b, t].
+
+    Mutates: cache, in place. Negative slots count from the end, as index_put_ has it.
+    """
+    values = rows.to(cache.dtype)
+    if heads_first:
+        torch.ops.aten.index_put_(cache, [None, None, slots.long()], values.transpose(1, 2))
+    else:
+        torch.ops.aten.index_put_(cache, [None, slots.long()], values)
+
+
+def working_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def in_float64(record: Record) -> Record:
+    """The same record with float64 results: what a proof on float64 inputs compares with."""
+
+    def widened(stream: Stream | None) -> Stream | None:
+        return stream and dataclasses.replace(stream, dtype="float64")
+
+    q = dataclasses.replace(record.q, dtype="float64")
+    return dataclasses.replace(record, q=q, k=widened(record.k), v=widened(record.v))

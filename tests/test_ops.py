@@ -1,0 +1,319 @@
+"""The ops against formulas written as the models write them, in float64, and their contracts."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+import fxfuse.ops
+from fxfuse.patterns.record import Norm, Pair, Pass, Record, Rotation, Store, Stream
+
+pytestmark = pytest.mark.null
+
+B, T, H, G, D, S = 2, 5, 4, 2, 16, 11
+NORM = Norm("head", "before", has_weight=True)
+
+
+def halves(d: int, r: int | None = None, start: int = 0) -> tuple[Rotation, tuple[Pass, ...]]:
+    """Llama's pairing on channels [start, start + r): i with i + r / 2; tables as wide as r."""
+    r = d if r is None else r
+    pair = Pair(start, start + r // 2, 1)
+    table = Pair(0, r // 2, 1)
+    gaps = ((0, start), (start + r, d - start - r))
+    passes = tuple(Pass(s, s, n) for s, n in gaps if n)
+    return Rotation(r // 2, pair, pair, table, table, (-1, 1)), passes
+
+
+def neighbours(d: int, r: int | None = None) -> tuple[Rotation, tuple[Pass, ...]]:
+    """GPT-J's pairing: 2i with 2i + 1; tables half as wide."""
+    r = d if r is None else r
+    pair, table = Pair(0, 1, 2), Pair(0, 0, 1)
+    passes = (Pass(r, r, d - r),) if r < d else ()
+    return Rotation(r // 2, pair, pair, table, table, (-1, 1)), passes
+
+
+def stream(d: int = D, rope=None, **fields) -> Stream:
+    rotation, passes = halves(d) if rope is None else rope
+    return Stream(d, fields.pop("norm", None), rotation, passes, **fields)
+
+
+def copied(d: int, **fields) -> Stream:
+    return Stream(d, None, None, (Pass(0, 0, d),), keep=False, **fields)
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def angles(width: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    angle = draw(1, T, width, seed=7)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate_half(x: Tensor) -> Tensor:
+    first, second = x.chunk(2, -1)
+    return torch.cat((-second, first), -1)
+
+
+def rms(x: Tensor, weight: Tensor | float, eps: float) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
+
+
+def call(record: Record, q, k=None, q_w=None, k_w=None, q_s=None, k_s=None, cos=None, sin=None):
+    return fxfuse.ops.norm_rope(q, k, q_w, k_w, q_s, k_s, cos, sin, 1e-6, 1e-5, record.to_text())
+
+
+def test_llama_halves_with_qk_norm():
+    q, k, w = draw(B, T, H, D), draw(B, T, G, D), draw(D)
+    cos, sin = (torch.cat((t, t), -1) for t in angles(D // 2))
+    record = Record(stream(norm=NORM, dtype="float64"), stream(norm=NORM, dtype="float64"))
+    q_out, k_out = call(record, q, k, w, w + 1, cos=cos, sin=sin)
+    for x, out, weight, eps in ((q, q_out, w, 1e-6), (k, k_out, w + 1, 1e-5)):
+        normed = rms(x, weight, eps)
+        want = normed * cos.unsqueeze(2) + rotate_half(normed) * sin.unsqueeze(2)
+        torch.testing.assert_close(out, want, rtol=1e-12, atol=1e-12)
+
+
+def test_gptj_neighbours_with_half_width_tables():
+    q, (cos, sin) = draw(B, T, H, D), angles(D // 2)
+    out, _ = call(Record(stream(rope=neighbours(D), dtype="float64")), q, cos=cos, sin=sin)
+    wide = [t.repeat_interleave(2, -1).unsqueeze(2) for t in (cos, sin)]
+    every_two = torch.stack((-q[..., 1::2], q[..., ::2]), -1).flatten(-2)
+    torch.testing.assert_close(out, q * wide[0] + every_two * wide[1])
+
+
+def test_partial_rotation_in_the_middle():
+    q, (cos, sin) = draw(B, T, H, D), angles(8)
+    record = Record(stream(rope=halves(D, 8, start=4), dtype="float64"))
+    out, _ = call(record, q, cos=cos, sin=sin)
+    middle = q[..., 4:12]
+    turned = middle * cos.unsqueeze(2) + rotate_half(middle) * sin.unsqueeze(2)
+    torch.testing.assert_close(out, torch.cat((q[..., :4], turned, q[..., 12:]), -1))
+
+
+def test_complex_table_through_view_as_real():
+    q, angle = draw(B, T, H, D), draw(1, T, D // 2)
+    table = torch.polar(torch.ones_like(angle), angle)
+    real = torch.view_as_real(table)
+    record = Record(stream(rope=neighbours(D), dtype="float64"))
+    out, _ = call(record, q, cos=real[..., 0], sin=real[..., 1])
+    product = torch.view_as_complex(q.unflatten(-1, (-1, 2))) * table.unsqueeze(2)
+    torch.testing.assert_close(out, torch.view_as_real(product).flatten(-2))
+
+
+def test_halves_in_and_neighbours_out():
+    q, (cos, sin) = draw(B, T, H, D), angles(D // 2)
+    half, table = D // 2, Pair(0, 0, 1)
+    turn = Rotation(half, Pair(0, half, 1), Pair(0, 1, 2), table, table, (1, -1))
+    out, _ = call(Record(stream(rope=(turn, ()), dtype="float64")), q, cos=cos, sin=sin)
+    first, second, c, s = q[..., :half], q[..., half:], cos.unsqueeze(2), sin.unsqueeze(2)
+    want = torch.stack((first * c + second * s, second * c - first * s), -1).flatten(-2)
+    torch.testing.assert_close(out, want)
+
+
+def test_strided_members_that_are_no_neighbours():
+    x, y = Pair(0, 1, 2), Pair(1, 0, 2)
+    turn = Rotation(D // 2, x, y, Pair(0, 0, 1), Pair(0, 0, 1), (-1, 1))
+    q, (cos, sin) = draw(B, T, H, D), angles(D // 2)
+    out, _ = call(Record(stream(rope=(turn, ()), dtype="float64")), q, cos=cos, sin=sin)
+    first, second, c, s = q[..., ::2], q[..., 1::2], cos.unsqueeze(2), sin.unsqueeze(2)
+    torch.testing.assert_close(out[..., 1::2], first * c - second * s)
+    torch.testing.assert_close(out[..., ::2], second * c + first * s)
+
+
+def test_norm_after_the_rotation_with_offset_and_scales():
+    q, w, scale = draw(B, T, H, D), draw(H, D), draw(B, T, 1)
+    cos, sin = angles(D)
+    norm = Norm("head", "after", has_weight=True, weight_offset=1.0)
+    record = Record(stream(norm=norm, has_scale=True, scale=0.25, dtype="float64"))
+    out, _ = call(record, q, q_w=w, q_s=scale, cos=cos, sin=sin)
+    turned = q * cos.unsqueeze(2) + rotate_half(q) * sin.unsqueeze(2)
+    want = rms(turned, 1 + w, 1e-6) * scale.unsqueeze(-1) * 0.25
+    torch.testing.assert_close(out, want, rtol=1e-12, atol=1e-12)
+
+
+def test_norm_over_the_hidden_width_is_given_as_row_scale():
+    q, w, (cos, sin) = draw(B, T, H, D), draw(H, D), angles(D)
+    hidden = q.flatten(-2)
+    given = torch.rsqrt(hidden.pow(2).mean(-1) + 1e-6).unsqueeze(-1)
+    norm = Norm("given", "before", has_weight=True)
+    record = Record(stream(norm=norm, has_scale=True, dtype="float64"))
+    out, _ = call(record, q, q_w=w, q_s=given, cos=cos, sin=sin)
+    normed = rms(hidden, w.flatten(), 1e-6).view_as(q)
+    want = normed * cos.unsqueeze(2) + rotate_half(normed) * sin.unsqueeze(2)
+    torch.testing.assert_close(out, want, rtol=1e-12, atol=1e-12)
+
+
+def test_norm_without_rotation():
+    q, w = draw(B, T, H, D), draw(D)
+    out, _ = call(
+        Record(stream(rope=(None, (Pass(0, 0, D),)), norm=NORM, dtype="float64")), q, q_w=w
+    )
+    torch.testing.assert_close(out, rms(q, w, 1e-6))
+
+
+def test_one_rounding_to_the_record_dtype():
+    q, w = draw(B, T, H, D, dtype=torch.bfloat16), draw(D, dtype=torch.bfloat16)
+    cos, sin = angles(D, torch.bfloat16)
+    fields = {"norm": NORM, "dtype": "bfloat16"}
+    out, _ = call(Record(stream(**fields)), q, q_w=w, cos=cos, sin=sin)
+    wide = Record(stream(**fields | {"dtype": "float64"}))
+    exact, _ = call(wide, q.double(), q_w=w.double(), cos=cos.double(), sin=sin.double())
+    # Half an ulp of bfloat16 is 2^-8 of the value; float32 inside adds almost nothing to it.
+    torch.testing.assert_close(out.double(), exact, rtol=2**-8 * 1.001, atol=1e-6)
+
+
+@pytest.mark.parametrize("cache_heads_first", [True, False])
+@pytest.mark.parametrize("slots", [[3, 0, 10, 7, 4], [-1, 0, -5, 7, 4]])
+def test_store_writes_the_slots_alone(cache_heads_first, slots):
+    record = Record(
+        stream(dtype="float64"),
+        stream(norm=NORM, dtype="float64", keep=False),
+        copied(8, dtype="float64"),
+        Store(cache_heads_first, "wrap"),
+    )
+    q, k, v, w = draw(B, T, H, D), draw(B, T, G, D), draw(B, T, G, 8), draw(D)
+    cos, sin = angles(D)
+    caches = [torch.full((B, G, S, d), 77.0, dtype=torch.float64) for d in (D, 8)]
+    if not cache_heads_first:
+        caches = [c.transpose(1, 2).contiguous() for c in caches]
+    q_out, k_out = fxfuse.ops.norm_rope_store_(
+        q, k, v, None, w, None, None, cos, sin, torch.tensor(slots), *caches, 0.0, 1e-5,
+        record.to_text(),
+    )  # fmt: skip
+    assert k_out.shape == (0,)
+    normed = rms(k, w, 1e-5)
+    want_k = normed * cos.unsqueeze(2) + rotate_half(normed) * sin.unsqueeze(2)
+    for cache, want in zip(caches, (want_k, v), strict=True):
+        by_slot = cache.transpose(1, 2) if cache_heads_first else cache
+        torch.testing.assert_close(by_slot[:, slots], want)
+        untouched = [s for s in range(S) if s not in [t % S for t in slots]]
+        assert (by_slot[:, untouched] == 77.0).all()
+    torch.testing.assert_close(q_out, q * cos.unsqueeze(2) + rotate_half(q) * sin.unsqueeze(2))
+
+
+@pytest.mark.parametrize("heads_first", [True, False])
+@pytest.mark.parametrize("tokens", [0, 1, 3])
+@pytest.mark.parametrize("batch", [0, 1, 2])
+def test_result_strides_are_the_contract_and_the_fake_agrees(heads_first, tokens, batch):
+    packed = draw(batch, tokens, H + G, D)
+    q, k = packed.split((H, G), 2)
+    table = draw(1, tokens, D)
+    s = stream(heads_first=heads_first, dtype="float64")
+    args = (q, k, None, None, None, None, table, table, 0.0, 0.0, Record(s, s).to_text())
+    outs = torch.ops.fxfuse.norm_rope(*args)
+    with torch._subclasses.FakeTensorMode() as mode:
+        fakes = torch.ops.fxfuse.norm_rope(
+            *(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args)
+        )
+    for out, fake, heads in zip(outs, fakes, (H, G), strict=True):
+        shape = (batch, heads, tokens, D) if heads_first else (batch, tokens, heads, D)
+        want = torch.empty(shape)
+        want = want.transpose(1, 2) if heads_first else want
+        assert out.stride() == fake.stride() == want.stride()
+        assert out.shape == fake.shape == want.shape
+
+
+GRADED = {
+    "llama": (stream(norm=NORM, dtype="float64"), (D,), None),
+    "after, offset, per head": (
+        stream(norm=Norm("head", "after", True, 1.0), has_scale=True, scale=0.5, dtype="float64"),
+        (H, D),
+        (B, T, 1),
+    ),
+    "neighbours, partial": (
+        stream(rope=neighbours(D, 8), norm=NORM, dtype="float64", heads_first=True),
+        (D,),
+        None,
+    ),
+    "given": (
+        stream(norm=Norm("given", "before", True), has_scale=True, dtype="float64"),
+        (H, D),
+        (1, T, H),
+    ),
+    "no norm": (stream(dtype="float64"), None, None),
+}
+
+
+def graded_inputs(name: str) -> tuple[tuple, str]:
+    one, weight_shape, scale_shape = GRADED[name]
+    q, k = draw(B, T, H, D).requires_grad_(), draw(B, T, H, D, seed=3).requires_grad_()
+    w = draw(*weight_shape, seed=1).requires_grad_() if weight_shape else None
+    scale = draw(*scale_shape, seed=2).requires_grad_() if scale_shape else None
+    cos, sin = angles(D)
+    return (q, k, w, w, scale, scale, cos, sin, 1e-6, 1e-2), Record(one, one).to_text()
+
+
+@pytest.mark.parametrize("name", GRADED)
+def test_gradients_equal_those_of_the_reference(name):
+    args, record = graded_inputs(name)
+    leaves = {id(a): a for a in args if isinstance(a, Tensor) and a.requires_grad}.values()
+    outs = torch.ops.fxfuse.norm_rope(*args, record)
+    wants = fxfuse.reference.norm_rope(*args, Record.from_text(record))
+    cotangents = [draw(*out.shape, seed=9) for out in outs]
+    got = torch.autograd.grad(outs, leaves, cotangents)
+    want = torch.autograd.grad(wants, leaves, cotangents)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+def test_gradcheck():
+    args, record = graded_inputs("after, offset, per head")
+    small = [a[:1, :2].detach().requires_grad_() for a in args[:2]]
+    weight, scale, cos, sin = args[2], args[4][:1, :2].detach().requires_grad_(), *args[6:8]
+
+    def run(q, k, w, s):
+        return torch.ops.fxfuse.norm_rope(
+            q, k, w, w, s, s, cos[:, :2], sin[:, :2], 1e-6, 1e-2, record
+        )
+
+    assert torch.autograd.gradcheck(run, (*small, weight, scale))
+
+
+def test_table_gradients_are_refused():
+    q, (cos, sin) = draw(B, T, H, D).requires_grad_(), angles(D)
+    with pytest.raises(NotImplementedError, match="detach the tables"):
+        call(Record(stream(dtype="float64")), q, cos=cos.requires_grad_(), sin=sin)
+
+
+def test_a_record_that_does_not_tile_its_row_is_refused():
+    one = dataclasses.replace(stream(), passes=(Pass(0, 0, 1),))
+    with pytest.raises(ValueError, match="cover x channels"):
+        call(Record(one), draw(B, T, H, D), cos=draw(1, T, D), sin=draw(1, T, D))
+
+
+def test_a_row_of_other_width_is_refused():
+    with pytest.raises(ValueError, match=r"q: got shape \(2, 5, 4, 8\)"):
+        call(Record(stream()), draw(B, T, H, 8), cos=draw(1, T, D), sin=draw(1, T, D))
+
+
+@pytest.mark.parametrize("name", GRADED)
+def test_opcheck_norm_rope(name):
+    args, record = graded_inputs(name)
+    torch.library.opcheck(torch.ops.fxfuse.norm_rope.default, (*args, record))
+
+
+@pytest.mark.parametrize("with_v", [True, False])
+def test_opcheck_norm_rope_store(with_v):
+    one = stream(norm=NORM, dtype="float32", heads_first=True)
+    record = Record(one, one, copied(8) if with_v else None, Store(True))
+    q, k, v, w = (
+        draw(*s, dtype=torch.float32) for s in ((B, T, H, D), (B, T, G, D), (B, T, G, 8), (D,))
+    )
+    cos, sin = angles(D, torch.float32)
+    caches = [torch.zeros(B, G, S, d) for d in (D, 8)]
+    torch.library.opcheck(
+        torch.ops.fxfuse.norm_rope_store_.default,
+        (
+            q, k, v if with_v else None, w, w, None, None, cos, sin, torch.arange(T),
+            caches[0], caches[1] if with_v else None, 1e-6, 1e-6, record.to_text(),
+        ),
+    )  # fmt: skip
+
+
+def test_records_read_back_as_written():
+    one = stream(norm=Norm("head", "after", True, 1.0), has_scale=True, scale=0.5)
+    record = Record(one, one, copied(8), Store(True, "wrap"))
+    assert Record.from_text(record.to_text()) == record
