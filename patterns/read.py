@@ -1,0 +1,219 @@
+"""Read: one forward pass of abstract interpretation over the lens's calls; every slot gets a Value.
+
+Memory comes before algebra. Each storage has a version; a write raises it; a slot whose storage has been written since
+its Value was made is a fresh leaf of the present version, through whatever alias it is read.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils._pytree import tree_flatten, tree_map
+
+from fxfuse.lens import Call, Scalar, Slot, View
+from fxfuse.patterns import value as v
+from fxfuse.patterns.transfer import TRANSFERS, Relation, Result, is_exact_cast
+from fxfuse.patterns.value import Definition, Kind, Leaf, Opaque, Value
+
+aten = torch.ops.aten
+
+# Their results are data, whatever their operands depend on.
+PROJECTIONS = frozenset(
+    {
+        aten.linear.default,
+        aten.matmul.default,
+        aten.bmm.default,
+        aten.mm.default,
+        aten.addmm.default,
+        aten.einsum.default,
+        aten.embedding.default,
+        aten.conv1d.default,
+        aten.conv2d.default,
+        aten.conv3d.default,
+        aten.scaled_dot_product_attention.default,
+    }
+)
+
+
+@dataclasses.dataclass
+class Reading:
+    """What the reader found: a Value and a Kind for each slot, and each storage's writes by call position."""
+
+    view: View
+    values: dict[Slot, Value]
+    kinds: dict[Slot, Kind]
+    relations: dict[Call, Relation]
+    reasons: dict[Call, str]
+    writes: dict[int, list[int]]
+    positions: dict[Call, int]
+    leaves: list[Leaf]
+
+
+class _Reader:
+    def __init__(self, view: View, kinds: Mapping[fx.Node, Kind]) -> None:
+        self.given = kinds
+        self.versions: dict[int, int] = {}
+        self.made: dict[Slot, int] = {}
+        self.leaf_of: dict[tuple[Slot, int, str], Leaf] = {}
+        self.reading = Reading(view, {}, {}, {}, {}, {}, {}, [])
+
+    def read(self) -> Reading:
+        for node, result in self.reading.view.results.items():
+            if node.op in ("placeholder", "get_attr"):
+                for slot in tree_flatten(result)[0]:
+                    if isinstance(slot, Slot):
+                        self._given(slot, self.given.get(node, Kind.DATA))
+        for position, call in enumerate(self.reading.view.calls):
+            self.reading.positions[call] = position
+            self._call(call)
+            for slot in call.writes:
+                self._write(slot.storage, position)
+            for slot in call.outs:
+                self.made[slot] = self.versions.get(slot.storage, 0)
+        return self.reading
+
+    def _given(self, slot: Slot, kind: Kind) -> None:
+        self.made[slot] = 0
+        self.reading.kinds[slot] = kind
+        self.reading.values[slot] = self._leaf(slot)
+
+    def _write(self, storage: int, position: int) -> None:
+        self.versions[storage] = self.versions.get(storage, 0) + 1
+        self.reading.writes.setdefault(storage, []).append(position)
+
+    def _leaf(self, slot: Slot, definition: Definition | None = None) -> Value:
+        """The slot as a leaf of its storage's present version; a complex tensor is re + 1j * im."""
+        if slot.dtype.is_complex:
+            real, imag = (v.leaf_value(self._new_leaf(slot, part)) for part in ("re", "im"))
+            return v.add(real, v.scaled(imag, 1j), slot.dtype)
+        return v.leaf_value(self._new_leaf(slot, "", definition))
+
+    def _new_leaf(self, slot: Slot, part: str, definition: Definition | None = None) -> Leaf:
+        key = (slot, self.versions.get(slot.storage, 0), part)
+        if key not in self.leaf_of or definition is not None:
+            leaf = Leaf(
+                len(self.reading.leaves),
+                slot.shape,
+                slot.dtype,
+                self.reading.kinds[slot],
+                slot,
+                key[1],
+                part,
+                definition,
+            )
+            self.reading.leaves.append(leaf)
+            self.leaf_of[key] = leaf
+        return self.leaf_of[key]
+
+    def _value(self, slot: Slot) -> Value:
+        if self.made[slot] == self.versions.get(slot.storage, 0):
+            return self.reading.values[slot]
+        return self._leaf(slot)
+
+    def _call(self, call: Call) -> None:
+        kind = self._kind(call)
+        for slot in call.outs:
+            self.reading.kinds[slot] = kind
+        try:
+            values = self._transfer(call, kind)
+        except Opaque as reason:
+            self.reading.reasons[call] = str(reason)
+            values = None
+        except (ValueError, IndexError, KeyError, TypeError, AttributeError, ZeroDivisionError) as e:
+            self.reading.reasons[call] = f"{call.op} was not read: {type(e).__name__}: {e}"
+            values = None
+        if values is None:
+            self.reading.relations.pop(call, None)
+            values = [self._leaf_after(call, slot) for slot in call.outs]
+        self.reading.values.update(zip(call.outs, values, strict=True))
+
+    def _leaf_after(self, call: Call, slot: Slot) -> Value:
+        """A leaf for an opaque result; if the call writes to its storage, the leaf is of the version after."""
+        if any(w.storage == slot.storage for w in call.writes):
+            version = self.versions.get(slot.storage, 0)
+            self.versions[slot.storage] = version + 1
+            leaf = self._leaf(slot)
+            self.versions[slot.storage] = version
+            return leaf
+        return self._leaf(slot)
+
+    def _kind(self, call: Call) -> Kind:
+        if call.op in PROJECTIONS or call.op is None:
+            return Kind.DATA
+        kinds = {self._slot_kind(x) for x in call.inputs()}
+        if Kind.DATA in kinds:
+            return Kind.DATA
+        return Kind.WEIGHT if kinds == {Kind.WEIGHT} else Kind.TABLE
+
+    def _slot_kind(self, slot: Slot) -> Kind:
+        return self.reading.kinds[slot]
+
+    def _transfer(self, call: Call, kind: Kind) -> list[Value] | None:
+        entry = TRANSFERS.get(call.op)
+        if entry is None or call.writes or not call.outs:
+            return None
+        args, kwargs = tree_map(self._argument, (call.args, call.kwargs))
+        relation = entry.relation
+        if kind is not Kind.DATA and self._is_leaf_arithmetic(call, relation, args):
+            return [self._leaf(call.outs[0], _offset(call, args))] if len(call.outs) == 1 else None
+        out = call.outs[0]
+        result = Result(
+            out.shape,
+            out.dtype,
+            tuple(slot.shape for slot in call.outs),
+            lambda definition, shape=None: self._name(out, definition, shape),
+            self._number,
+        )
+        values = entry.function(result, *args, **kwargs)
+        values = [values] if isinstance(values, Value) else list(values)
+        for x, slot in zip(values, call.outs, strict=True):
+            if x.shape != slot.shape:
+                raise Opaque(f"read with shape {x.shape} where the graph has {slot.shape}")
+        self.reading.relations[call] = relation
+        return [dataclasses.replace(x, dtype=s.dtype) for x, s in zip(values, call.outs, strict=True)]
+
+    def _is_leaf_arithmetic(self, call: Call, relation: Relation, args: Any) -> bool:
+        """Tables and weights: arithmetic and rounding on them stay outside and are loaded as they are."""
+        if relation == "same":
+            return not is_exact_cast(args[0].dtype, call.outs[0].dtype)
+        return relation == "compute"
+
+    def _argument(self, x: Any) -> Any:
+        if isinstance(x, Slot):
+            return self._value(x)
+        return self._number(x) if isinstance(x, Scalar) else x
+
+    def _number(self, x: Any) -> Value:
+        if not isinstance(x, Scalar):
+            return v.constant(x, torch.float64)
+        leaf = Leaf(len(self.reading.leaves), (), torch.float64, Kind.TABLE, x)
+        self.reading.leaves.append(leaf)
+        return v.leaf_value(leaf)
+
+    def _name(self, slot: Slot, definition: Definition, shape: Any) -> Value:
+        if shape is None and definition.op != "sum":
+            return self._leaf(slot, definition)
+        shape = definition.operands[0].shape if shape is None else shape
+        dtype = definition.operands[0].dtype
+        leaf = Leaf(
+            len(self.reading.leaves), shape, dtype, Kind.DATA, None, definition=definition
+        )
+        self.reading.leaves.append(leaf)
+        return v.leaf_value(leaf)
+
+
+def _offset(call: Call, args: Any) -> Definition | None:
+    """The definition of weight + number, which a norm takes in."""
+    if call.op is not aten.add.Tensor or len(args) != 2 or call.kwargs:
+        return None
+    x, number = args if isinstance(args[0], Value) else args[::-1]
+    if not isinstance(x, Value) or not isinstance(number, (int, float)):
+        return None
+    return Definition("offset", (x,), (number,)) if call.outs[0].dtype == torch.float32 else None
+
+
+def read(view: View, kinds: Mapping[fx.Node, Kind]) -> Reading:
+    """Read a graph; `kinds` tells for each placeholder what it holds (default: data)."""
+    return _Reader(view, kinds).read()
