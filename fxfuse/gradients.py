@@ -1,7 +1,7 @@
 """Gradients of fxfuse::norm_rope, written out: what the op saves and how it goes back.
 
-In come the raw inputs and the gradients of both results; out come the gradients of q, k, weights
-and row scales. Statistics and rotations are recomputed from the raw rows: nothing else is kept alive.
+In come the raw inputs and the gradients of both results; out come the gradients of q, k,
+weights and row scales. Statistics and rotations are recomputed from the raw rows alone.
 """
 
 import dataclasses

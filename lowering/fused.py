@@ -1,0 +1,66 @@
+"""The Triton provider: one launch of the kernel for an op call.
+
+In come the boxes of one op call; out come the boxes of its results, written by the kernel.
+"""
+
+import functools
+import inspect
+from typing import Any
+
+import torch
+
+import fxfuse.ops
+from fxfuse.lowering import inductor, kernels, launch, loops
+from fxfuse.patterns.record import Record, Stream
+
+# Read from anywhere in memory; the others are small and made contiguous.
+CONTIGUOUS = ("q_weight", "k_weight")
+
+
+def lower(name: str, args: tuple[Any, ...], record: Record) -> tuple[Any, Any]:
+    """Results of fxfuse::<name> on boxes, by one kernel launch."""
+    call = dict(zip(ARGUMENTS[name], args, strict=True))
+    caches = [call[c] for c in ("k_cache", "v_cache") if call.get(c) is not None]
+    # A copy would take the writes in the cache's place.
+    if not all(inductor.is_memory(cache) for cache in caches):
+        return loops.lower(name, args, record)
+    boxes = {n: x for n, x in call.items() if n not in ("q_eps", "k_eps", "record") and x}
+    operands: dict[str, launch.Operand | None] = {
+        n: inductor.contiguous_operand(x) if n in CONTIGUOUS else inductor.operand(x)
+        for n, x in boxes.items()
+    }
+    q_out, operands["q_out"] = _result(call["q"], record.q)
+    if call["k"] is None or record.k is None or not record.k.keep:
+        k_out = inductor.empty(call["q"], (0,), call["q"].get_dtype())
+    else:
+        k_out, operands["k_out"] = _result(call["k"], record.k)
+    if 0 in (q_out.get_size()[0], q_out.get_size()[1]):
+        return q_out, k_out
+    tokens = inductor.hint(q_out.get_size()[1])
+    plan = launch.plan(record, operands, (call["q_eps"], call["k_eps"]), tokens)
+    inductor.launch(with_warps(plan.warps), plan)
+    return q_out, k_out
+
+
+def _result(x: Any, stream: Stream) -> tuple[Any, launch.Operand]:
+    """Memory for one result: its box as [B, T, H, D], and the operand the kernel writes."""
+    b, t, h, d = x.get_size()
+    shape = (b, h, t, d) if stream.heads_first else (b, t, h, d)
+    memory = inductor.empty(x, shape, getattr(torch, stream.dtype))
+    box = inductor.permuted(memory, (0, 2, 1, 3)) if stream.heads_first else memory
+    return box, inductor.operand(memory)
+
+
+@functools.cache
+def with_warps(warps: int) -> Any:
+    """The kernel with its warps pinned: Inductor takes them from a sole autotuning config."""
+    import triton
+
+    config = triton.Config({}, num_warps=warps, num_stages=1)
+    return triton.autotune(configs=[config], key=[])(kernels.norm_rope_store)
+
+
+ARGUMENTS = {
+    "norm_rope": tuple(inspect.signature(fxfuse.ops.norm_rope).parameters),
+    "norm_rope_store_": tuple(inspect.signature(fxfuse.ops.norm_rope_store_).parameters),
+}
