@@ -66,12 +66,16 @@ def row(
         g = g * scale.to(work).unsqueeze(-1)
     weight_grad = None
     if norm is not None and norm.when == "after":
-        turned = reference.rotate(wide, stream, *tables)
+        turned = rotated(wide, stream, *tables)
         g, weight_grad = _norm_backward(g, turned, norm, weight, eps)
-    g = reference.rotate(g, back, *tables)
+    g = rotated(g, back, *tables)
     if norm is not None and norm.when == "before":
         g, weight_grad = _norm_backward(g, wide, norm, weight, eps)
     return g.to(x.dtype), weight_grad, scale_grad
+
+
+def rotated(x: Tensor, stream: Stream, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+    return reference.assembled(reference.rotated(x, stream, cos, sin), stream.channels)
 
 
 def _norm_backward(

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from fxfuse.patterns.record import Norm, Pair, Record, Rotation, Stream
 
+# start, step and values of some of a row's channels: row[..., start + step * i] = values[..., i].
+Part = tuple[int, int, Tensor]
+
 
 def norm_rope(
     q: Tensor,
@@ -82,14 +85,11 @@ def row(
     y = x.to(work)
     if norm and norm.when == "before":
         y = normalise(y, norm, weight, eps)
-    y = rotate(y, stream, cos, sin)
+    parts = rotated(y, stream, cos, sin)
     if norm and norm.when == "after":
-        y = normalise(y, norm, weight, eps)
-    if stream.has_scale and scale is not None:
-        y = y * scale.to(work).unsqueeze(-1)
-    if stream.scale != 1.0:
-        y = y * stream.scale
-    return y.to(getattr(torch, stream.dtype))
+        parts = [(0, 1, normalise(assembled(parts, stream.channels), norm, weight, eps))]
+    # Rounded before they are joined, so that Inductor's loops write each part of a row once.
+    return assembled([(*at, scaled(y, stream, scale)) for *at, y in parts], stream.channels)
 
 
 def normalise(x: Tensor, norm: Norm, weight: Tensor | None, eps: float) -> Tensor:
@@ -105,9 +105,18 @@ def offset_weight(weight: Tensor, norm: Norm) -> Tensor:
     return weight + norm.weight_offset if norm.weight_offset else weight
 
 
-def rotate(x: Tensor, stream: Stream, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+def scaled(y: Tensor, stream: Stream, scale: Tensor | None) -> Tensor:
+    """y * row_scale * scale, rounded to the stream's dtype."""
+    if stream.has_scale and scale is not None:
+        y = y * scale.to(y.dtype).unsqueeze(-1)
+    if stream.scale != 1.0:
+        y = y * stream.scale
+    return y.to(getattr(torch, stream.dtype))
+
+
+def rotated(x: Tensor, stream: Stream, cos: Tensor | None, sin: Tensor | None) -> list[Part]:
     """The record's rotation and passes, see `Rotation` and `Pass`. Shapes: x [B, T, H, D]."""
-    parts = [(p.y_start, 1, take(x, p.x_start, 1, p.length)) for p in stream.passes]
+    parts: list[Part] = [(p.y_start, 1, take(x, p.x_start, 1, p.length)) for p in stream.passes]
     turn = stream.rotation
     if turn is not None:
         assert cos is not None and sin is not None
@@ -116,7 +125,7 @@ def rotate(x: Tensor, stream: Stream, cos: Tensor | None, sin: Tensor | None) ->
             parts.append((turn.y.first, 1, torch.stack((first, second), -1).flatten(-2)))
         else:
             parts += [(turn.y.first, turn.y.step, first), (turn.y.second, turn.y.step, second)]
-    return assembled(x, parts)
+    return parts
 
 
 def turned(x: Tensor, turn: Rotation, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,9 +133,13 @@ def turned(x: Tensor, turn: Rotation, cos: Tensor, sin: Tensor) -> tuple[Tensor,
     x_first, x_second = members(x, turn.x, turn.pairs)
     cos_first, cos_second = members(cos.unsqueeze(2), turn.cos, turn.pairs)
     sin_first, sin_second = members(sin.unsqueeze(2), turn.sin, turn.pairs)
-    first = x_first * cos_first + turn.signs[0] * x_second * sin_first
-    second = x_second * cos_second + turn.signs[1] * x_first * sin_second
+    first = plus(x_first * cos_first, x_second * sin_first, turn.signs[0])
+    second = plus(x_second * cos_second, x_first * sin_second, turn.signs[1])
     return first, second
+
+
+def plus(a: Tensor, b: Tensor, sign: int) -> Tensor:
+    return a + b if sign > 0 else a - b
 
 
 def members(x: Tensor, pair: Pair, pairs: int) -> tuple[Tensor, Tensor]:
@@ -138,13 +151,14 @@ def take(x: Tensor, start: int, step: int, length: int) -> Tensor:
     return x[..., start : start + step * (length - 1) + 1 : step]
 
 
-def assembled(x: Tensor, parts: list[tuple[int, int, Tensor]]) -> Tensor:
-    """One row like x of (start, step, part)s that tile its channels."""
+def assembled(parts: list[Part], channels: int) -> Tensor:
+    """One row of parts that tile its channels."""
     # cat is what Inductor's C++ loops vectorise; strided parts in odd places need the scatter.
     if all(step == 1 or part.shape[-1] == 1 for _, step, part in parts):
         ordered = [part for _, _, part in sorted(parts, key=lambda p: p[0])]
         return ordered[0] if len(ordered) == 1 else torch.cat(ordered, -1)
-    y = torch.zeros_like(x)
+    one = parts[0][2]
+    y = one.new_zeros((*one.shape[:-1], channels))
     for start, step, part in parts:
         end = start + step * (part.shape[-1] - 1) + 1
         y = torch.slice_scatter(y, part, -1, start, end, step)

@@ -1,8 +1,8 @@
 """The Triton kernel of both ops: q, k and v of one token, normed, rotated, returned and stored.
 
 In come pointers, strides and a record's numbers as constexprs; the rows that the record names are
-written. A row is held as four blocks, loaded and stored apart: the first and second members of the
-rotated pairs, and up to two runs of channels that pass through. A block of length 0 touches no memory.
+written. A row is held as four blocks, loaded and stored apart: first and second members of the
+rotated pairs, and up to two runs that pass through. A block of length 0 touches no memory.
 """
 
 import triton
@@ -201,7 +201,7 @@ def norm_rope_store(
         stride_h = n_t * D if Q_HEADS_FIRST else tl.cast(D, tl.int64)
         out_ptr = q_out_ptr + o_row
         store_row(out_ptr, first, second, low, high, o_h, m_h, stride_h, 1, Y, BLOCKS)
-    if K_BLOCKS > 0:
+    if K_BLOCKS > 0:  # noqa: SIM102
         if (i_block >= Q_BLOCKS) & (i_block < Q_BLOCKS + K_BLOCKS):
             o_g = ((i_block - Q_BLOCKS) * HEADS + tl.arange(0, HEADS)).to(tl.int64)
             m_g = o_g < G
@@ -223,7 +223,7 @@ def norm_rope_store(
                 store_row(
                     ptr, first, second, low, high, o_g, m_g & m_s, stride_kcg, stride_kcd, Y, BLOCKS
                 )  # fmt: skip
-    if V_BLOCKS > 0:
+    if V_BLOCKS > 0:  # noqa: SIM102
         if i_block >= Q_BLOCKS + K_BLOCKS:
             o_g = ((i_block - Q_BLOCKS - K_BLOCKS) * HEADS + tl.arange(0, HEADS)).to(tl.int64)
             m_g = o_g < G

@@ -1,8 +1,8 @@
-"""From a record and its operands to one launch of the Triton kernel: arguments, constants, grid, warps.
+"""From a record and its operands to one launch of the Triton kernel.
 
-Operands carry their strides as numbers or as symbolic expressions, so the same code launches under
-Inductor and directly on tensors. What varies from call to call (sizes, strides, eps) is an argument;
-what the record says is a constant.
+Operands carry their strides as numbers or as symbolic expressions, so the same code launches
+under Inductor and directly on tensors. What varies from call to call (sizes, strides, eps) is an
+argument; what the record says is a constant.
 """
 
 import dataclasses

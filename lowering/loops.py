@@ -1,7 +1,8 @@
 """The loop provider: the reference of an op, traced to ATen, through Inductor's own lowerings.
 
-In come the boxes of one op call; out come the boxes of its results. Inductor's scheduler then fuses the
-loops as it fuses any model's, in C++ on a CPU. Caches are written in place, by index_put_'s lowering.
+In come the boxes of one op call; out come the boxes of its results. Inductor's scheduler then fuses
+the loops as it fuses any model's, in C++ on a CPU. Caches are written in place, by the lowering of
+index_put_.
 """
 
 from collections.abc import Callable
