@@ -145,14 +145,14 @@ def _unbind(result: Result, x: Value, dim: int = 0) -> list[Value]:
     return [v.squeeze(v.narrow(x, dim, i, 1, 1), [dim]) for i in range(x.shape[dim])]
 
 
-@transfer("view", aten.view_as_complex.default)
+@transfer("same", aten.view_as_complex.default)
 def _view_as_complex(result: Result, x: Value) -> Value:
     last = len(x.dims) - 1
     real, imag = (v.squeeze(v.narrow(x, last, i, 1, 1), [last]) for i in (0, 1))
     return v.add(real, v.scaled(imag, 1j), result.dtype)
 
 
-@transfer("view", aten.view_as_real.default)
+@transfer("same", aten.view_as_real.default)
 def _view_as_real(result: Result, z: Value) -> Value:
     last = len(z.dims)
     parts = [

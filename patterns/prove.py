@@ -1,0 +1,169 @@
+"""Prove: a decoded stream's Value and the op's reference, run on small random float64 inputs, must agree.
+
+The Value is evaluated from random tensors at its leaves, the reference from views of the same tensors. Batch and token
+axes are shrunk to a few rows where one atom walks them alone. Random numbers come from a Generator of this module: the
+user's random state, default device and default dtype are neither felt nor touched.
+"""
+
+import dataclasses
+
+import torch
+
+from fxfuse import reference
+from fxfuse.lens import Scalar
+from fxfuse.patterns.evaluate import evaluate
+from fxfuse.patterns.fingerprint import fingerprint
+from fxfuse.patterns.site import Access, Decoded
+from fxfuse.patterns.value import Atom, Definition, Index, Leaf, Size, Value
+
+TOLERANCE = 1e-9
+MAX_ELEMENTS = 1 << 24
+
+
+class Disproved(Exception):
+    """The reference computes something else than the graph: a bug of fxfuse, found before it could matter."""
+
+
+class Untried(Exception):
+    """The stream cannot be tried on small inputs, so it is not fused."""
+
+
+_proved: set[str] = set()
+
+
+def prove(decoded: Decoded) -> None:
+    """Raises Disproved or Untried unless the stream computes what its Value says. Proofs are remembered."""
+    key = f"{decoded.stream} {fingerprint(decoded)}"
+    if key in _proved:
+        return
+    with torch.device("cpu"), torch.no_grad():
+        error = _error(decoded)
+    if not error <= TOLERANCE:
+        raise Disproved(f"the reference differs from the graph's value by {error:.1e}")
+    _proved.add(key)
+
+
+def _error(decoded: Decoded) -> float:
+    sizes = _Sizes(decoded)
+    generator = torch.Generator(device="cpu").manual_seed(0x5EED)
+    tensors = {
+        leaf: torch.randn(sizes.shape(leaf), dtype=torch.float64, generator=generator, device="cpu")
+        for leaf in _leaves(decoded)
+    }
+    want = canonical(evaluate(decoded.value, tensors, sizes.atom), decoded.rows)
+    got = _reference(decoded, tensors)
+    if got.shape != want.shape:
+        raise Disproved(f"the reference has shape {list(got.shape)}, the value {list(want.shape)}")
+    return float((got - want).norm() / want.norm().clamp_min(1e-300))
+
+
+def canonical(x: torch.Tensor, rows: tuple[int | None, int | None, int | None]) -> torch.Tensor:
+    """A value's tensor as [B, T, H, D]."""
+    last = x.dim() - 1
+    kept = [r for r in rows if r is not None]
+    extra = [d for d in range(last) if d not in kept]
+    shape = [*(x.shape[r] for r in kept), x.shape[last]]
+    x = x.permute(*extra, *kept, last).reshape(shape)
+    for place, row in enumerate(rows):
+        if row is None:
+            x = x.unsqueeze(place)
+    return x
+
+
+def _leaves(decoded: Decoded) -> list[Leaf]:
+    """Every leaf that the reference takes, or that no definition explains."""
+    operands = {a.leaf for a in decoded.accesses()}
+    found: dict[Leaf, None] = dict.fromkeys(operands)
+
+    def visit(value: Value) -> None:
+        for leaf in value.leaves():
+            if leaf.definition is None or leaf in operands:
+                found[leaf] = None
+                continue
+            for operand in leaf.definition.operands:
+                visit(operand)
+
+    visit(decoded.value)
+    return list(found)
+
+
+class _Sizes:
+    """Small sizes for the batch and token atoms, and so for the leaf axes they walk."""
+
+    def __init__(self, decoded: Decoded) -> None:
+        self.atoms: dict[Atom, int] = {}
+        self.axes: dict[tuple[Leaf, int], int] = {}
+        value = decoded.value
+        rows = [(r, 2 + i) for i, r in enumerate(decoded.rows[:2]) if r is not None]
+        small = {value.dims[r][0]: n for r, n in rows if len(value.dims[r]) == 1}
+        self._walk(value, {a: n for a, n in small.items() if _walks_whole_axes(value, a)})
+
+    def atom(self, atom: Atom) -> Size:
+        return self.atoms.get(atom, atom.size)
+
+    def shape(self, leaf: Leaf) -> list[int]:
+        shape = [self.axes.get((leaf, j), s) for j, s in enumerate(leaf.shape)]
+        if not all(isinstance(s, int) for s in shape):
+            raise Untried(f"a tensor of unknown shape {shape} cannot be tried")
+        if torch.Size(shape).numel() > MAX_ELEMENTS:
+            raise Untried(f"a tensor of shape {shape} is too large to be tried")
+        return shape
+
+    def _walk(self, value: Value, small: dict[Atom, int]) -> None:
+        self.atoms |= small
+        for term in value.terms:
+            for factor in term.factors:
+                axes = {
+                    j: small[index.strides[0][0]]
+                    for j, index in enumerate(factor.axes)
+                    if len(index.strides) == 1 and index.strides[0][0] in small
+                }
+                self.axes |= {(factor.leaf, j): n for j, n in axes.items()}
+                if factor.leaf.definition is not None:
+                    self._define(factor.leaf.definition, axes)
+
+    def _define(self, definition: Definition, axes: dict[int, int]) -> None:
+        for operand in definition.operands:
+            kept = list(range(len(operand.dims)))
+            if definition.op == "mean" and not definition.params[1]:
+                kept = [d for d in kept if d not in definition.params[0]]
+            walked = {operand.dims[kept[j]]: n for j, n in axes.items() if j < len(kept)}
+            if any(len(dim) != 1 for dim in walked):
+                raise Untried("a row statistic over regrouped rows cannot be tried")
+            self._walk(operand, {dim[0]: n for dim, n in walked.items()})
+
+
+def _walks_whole_axes(value: Value, atom: Atom) -> bool:
+    """Whether every leaf axis that the atom walks is walked by it alone, from end to end."""
+
+    def whole(index: Index, size: Size) -> bool:
+        return index.strides == ((atom, 1),) and atom.size == size and not any(index.offsets)
+
+    return all(
+        whole(index, size)
+        for term in value.terms
+        for factor in term.factors
+        for index, size in zip(factor.axes, factor.leaf.shape, strict=True)
+        if index.stride(atom)
+    )
+
+
+def _reference(decoded: Decoded, tensors: dict[Leaf, torch.Tensor]) -> torch.Tensor:
+    def operand(access: Access | None) -> torch.Tensor | None:
+        if access is None:
+            return None
+        x = tensors[access.leaf]
+        if access.leaf.part:
+            parts = {leaf.part: t for leaf, t in tensors.items() if leaf.slot is access.leaf.slot}
+            x = torch.complex(parts["re"], parts["im"])
+        return access.apply(x)
+
+    eps = decoded.eps
+    if isinstance(eps, Scalar):
+        eps = next(float(t) for leaf, t in tensors.items() if leaf.slot == eps)
+    x, weight, scale, cos, sin = map(
+        operand, (decoded.x, decoded.weight, decoded.scale, decoded.cos, decoded.sin)
+    )
+    assert x is not None
+    stream = dataclasses.replace(decoded.stream, dtype="float64")
+    return reference.row(x, stream, weight, scale, cos, sin, eps)

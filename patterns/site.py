@@ -1,0 +1,106 @@
+"""What decoding hands on: streams found in a graph, the sites planned from them, and refusals that say why not."""
+
+import dataclasses
+from typing import Any, TypeAlias
+
+import torch
+from torch import fx
+
+from fxfuse.lens import Call, Scalar, Slot
+from fxfuse.patterns.record import Record, Stream
+from fxfuse.patterns.value import Leaf, Value
+
+Step: TypeAlias = tuple[Any, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Access:
+    """How an op's operand is seen in a leaf's tensor: views applied in order, each (method name, *arguments)."""
+
+    leaf: Leaf
+    steps: tuple[Step, ...]
+
+    def apply(self, x: torch.Tensor) -> torch.Tensor:
+        for name, *args in self.steps:
+            x = torch.view_as_real(x) if name == "view_as_real" else getattr(x, name)(*args)
+        return x
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Decoded:
+    """One tensor between projection and attention, as an op's stream: its record, and where its operands are.
+
+    rows: the dim of the decoded value that is the op's batch, token and head axis; None where it has none.
+    """
+
+    slot: Slot
+    value: Value
+    stream: Stream
+    rows: tuple[int | None, int | None, int | None]
+    x: Access
+    weight: Access | None = None
+    scale: Access | None = None
+    cos: Access | None = None
+    sin: Access | None = None
+    eps: float | Scalar = 0.0
+
+    def accesses(self) -> list[Access]:
+        every = (self.x, self.weight, self.scale, self.cos, self.sin)
+        return [a for a in every if a is not None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Refusal:
+    """Why something that looks like the target was left alone, or left out of a site."""
+
+    stage: str
+    node: str
+    reason: str
+    where: str
+
+    def __str__(self) -> str:
+        return f"{self.stage}: {self.reason} (node {self.node}, {self.where})"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class StoreWrite:
+    """One write of a decoded value into a cache: `cache[..., slots, ...] = value` along its token axis."""
+
+    call: Call
+    cache: Slot
+    slots: Slot
+    value: Slot
+    heads_first: bool
+    negative: str
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Site:
+    """One fused op: its record, its streams (q first), its stores, and the node it is inserted before."""
+
+    record: Record
+    q: Decoded
+    k: Decoded | None
+    v: Decoded | None
+    k_store: StoreWrite | None
+    v_store: StoreWrite | None
+    before: fx.Node
+
+    def streams(self) -> list[Decoded]:
+        return [s for s in (self.q, self.k, self.v) if s is not None]
+
+    def stores(self) -> list[StoreWrite]:
+        return [s for s in (self.k_store, self.v_store) if s is not None]
+
+
+def location(node: fx.Node) -> str:
+    """The model's file:line of a node: the innermost frame of its stack trace."""
+    frames = [
+        line.strip()
+        for line in (node.meta.get("stack_trace") or "").splitlines()
+        if line.strip().startswith("File ")
+    ]
+    if not frames:
+        return "no source"
+    file, line, *_ = frames[-1].removeprefix("File ").split(", ")
+    return f"{file.strip(chr(34))}:{line.removeprefix('line ')}"
