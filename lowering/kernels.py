@@ -132,15 +132,6 @@ def row_of(
 
 
 @triton.jit
-def slot_of(slots_ptr, i_t, stride_slot, S, WRAP: tl.constexpr):
-    """The cache row of a token and whether the cache has it."""
-    i_s = tl.load(slots_ptr + i_t * stride_slot).to(tl.int64)
-    if WRAP:
-        i_s = tl.where(i_s < 0, i_s + S, i_s)
-    return i_s, (i_s >= 0) & (i_s < S)
-
-
-@triton.jit
 def norm_rope_store(
     q_ptr, k_ptr, v_ptr, q_out_ptr, k_out_ptr, k_cache_ptr, v_cache_ptr, slots_ptr,
     q_weight_ptr, k_weight_ptr, q_scale_ptr, k_scale_ptr, cos_ptr, sin_ptr,
@@ -187,6 +178,12 @@ def norm_rope_store(
     n_t = tl.cast(T, tl.int64)
     cos_ptr += i_b * stride_cosb + i_t * stride_cost
     sin_ptr += i_b * stride_sinb + i_t * stride_sint
+    if K_STORE or V_BLOCKS > 0:
+        # Loaded here: through a function's result Inductor would take the slots for written.
+        i_s = tl.load(slots_ptr + i_t * stride_slot).to(tl.int64)
+        if WRAP:
+            i_s = tl.where(i_s < 0, i_s + S, i_s)
+        m_s = (i_s >= 0) & (i_s < S)
     if i_block < Q_BLOCKS:
         o_h = (i_block * HEADS + tl.arange(0, HEADS)).to(tl.int64)
         m_h = o_h < H
@@ -218,7 +215,6 @@ def norm_rope_store(
                 out_ptr = k_out_ptr + o_row
                 store_row(out_ptr, first, second, low, high, o_g, m_g, stride_g, 1, Y, BLOCKS)
             if K_STORE:
-                i_s, m_s = slot_of(slots_ptr, i_t, stride_slot, S, WRAP)
                 ptr = k_cache_ptr + i_b * stride_kcb + i_s * stride_kcs
                 store_row(
                     ptr, first, second, low, high, o_g, m_g & m_s, stride_kcg, stride_kcd, Y, BLOCKS
@@ -227,7 +223,6 @@ def norm_rope_store(
         if i_block >= Q_BLOCKS + K_BLOCKS:
             o_g = ((i_block - Q_BLOCKS - K_BLOCKS) * HEADS + tl.arange(0, HEADS)).to(tl.int64)
             m_g = o_g < G
-            i_s, m_s = slot_of(slots_ptr, i_t, stride_slot, S, WRAP)
             ptr = v_ptr + i_b * stride_vb + i_t * stride_vt
             b = load_block(ptr, o_g, m_g, stride_vh, stride_vd, 0, 1, DV, V_BLOCK)
             ptr = v_cache_ptr + i_b * stride_vcb + i_s * stride_vcs
