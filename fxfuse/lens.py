@@ -21,12 +21,20 @@ from torch import fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from fxfuse.torch_private import fake_mode_of, size_of, storage_key, without_guards
+from fxfuse.torch_private import fake_mode_of, size_of, storage_key, symint_of, without_guards
 
 aten = torch.ops.aten
 
 Size: TypeAlias = Any
 Key: TypeAlias = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Scalar:
+    """A float of the graph: a node whose value is a SymFloat."""
+
+    node: fx.Node
+    example: torch.SymFloat
 
 
 @dataclasses.dataclass(eq=False)
@@ -239,19 +247,15 @@ class _Lens:
             return attribute
         if node.target in _AUTOCAST:
             return self._region(node)
+        if example is None and any(self._slots(node)):
+            return self._call(node, None)
         if not any(isinstance(x, torch.Tensor) for x in tree_flatten(example)[0]):
-            return self._scalar(node, example)
+            return Scalar(node, example) if isinstance(example, torch.SymFloat) else example
         if node.target is operator.getitem and not isinstance(
             source := self.view.results[node.args[0]], Slot
         ):
             return source[node.args[1]]
         return self._call(node, example)
-
-    def _scalar(self, node: fx.Node, example: Any) -> Any:
-        """A call without a tensor result: sizes and the like pass, anything else that takes tensors is opaque."""
-        if example is None and any(self._slots(node)) and node.op == "call_function":
-            self._opaque(node, None, "no result")
-        return _Scalar(node, example) if isinstance(example, torch.SymFloat) else example
 
     def _slots(self, node: fx.Node) -> Iterator[Slot]:
         for arg in node.all_input_nodes:
@@ -266,7 +270,7 @@ class _Lens:
             return self._slot(_describe(x, None), self._storage(x), node)
 
         if isinstance(example, torch.SymFloat):
-            return _Scalar(node, example)
+            return Scalar(node, example)
         return tree_map(slot, example)
 
     def _storage(self, t: torch.Tensor) -> int:
@@ -340,7 +344,7 @@ class _Lens:
             with self.fake_mode, torch.no_grad(), without_guards(self.fake_mode):
                 fakes = dict(zip(inputs, _fresh(inputs), strict=True))
                 live = [
-                    fakes[x] if isinstance(x, Slot) else x.example if isinstance(x, _Scalar) else x
+                    fakes[x] if isinstance(x, Slot) else x.example if isinstance(x, Scalar) else x
                     for x in flat
                 ]
                 args, kwargs = tree_unflatten(live, spec)
@@ -385,15 +389,6 @@ class _Lens:
         return tree_map(slot, template.result)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Scalar:
-    """A float of the graph: a node whose value is a SymFloat."""
-
-    node: fx.Node
-    example: torch.SymFloat
-
-
-Scalar = _Scalar
 _AUTOCAST = (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)
 
 
@@ -412,7 +407,7 @@ def _key(flat: list[Any], inputs: list[Slot]) -> tuple[Any, ...]:
 def _constant_key(x: Any, numbers: dict[Slot, int]) -> Any:
     if isinstance(x, Slot):
         return ("slot", numbers[x])
-    if isinstance(x, _Scalar):
+    if isinstance(x, Scalar):
         return ("float", x.node.name)
     if isinstance(x, (torch.SymInt, torch.SymBool)):
         return ("size", size_of(x))
@@ -443,16 +438,9 @@ def _fresh(inputs: list[Slot]) -> list[torch.Tensor]:
 
 def _example(slot: Slot) -> tuple[list[Any], list[Any], Any]:
     def number(s: Size) -> Any:
-        return s if isinstance(s, int) else fake_size(slot.node, s)
+        return s if isinstance(s, int) else symint_of(slot.node, s)
 
     return [*map(number, slot.shape)], [*map(number, slot.stride)], number(slot.offset)
-
-
-def fake_size(node: fx.Node, expression: Size) -> Any:
-    """The SymInt of a size expression, in the shape environment of the node's example value."""
-    from fxfuse.torch_private import symint_of
-
-    return symint_of(node, expression)
 
 
 def _difference(result: Any, example: Any) -> str:

@@ -22,6 +22,21 @@ def fake_mode_of(gm: fx.GraphModule) -> FakeTensorMode:
     return FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
 
 
+def copy_graph_module(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
+    """A copy that shares parameters but no node, with all that Dynamo notes on modules and nodes; and old to new."""
+    graph = fx.Graph()
+    nodes: dict[fx.Node, fx.Node] = {}
+    for node in gm.graph.nodes:
+        new = nodes[node] = graph.node_copy(node, nodes.__getitem__)
+        if hasattr(node, "_dynamo_source"):
+            new._dynamo_source = node._dynamo_source
+    copied = fx.GraphModule(gm, graph)
+    copied.meta = dict(gm.meta)
+    for name, attribute in gm.__dict__.items():
+        copied.__dict__.setdefault(name, attribute)
+    return copied, nodes
+
+
 @contextlib.contextmanager
 def without_guards(mode: FakeTensorMode) -> Iterator[None]:
     """Whatever is decided about sizes inside adds no guard to the user's graph."""
@@ -49,3 +64,69 @@ def symint_of(node: fx.Node, expression: Any) -> Any:
 def storage_key(t: torch.Tensor) -> int:
     """Equal for two tensors exactly when they share a storage (while both live)."""
     return int(t.untyped_storage()._cdata)
+
+
+def source_name(node: fx.Node) -> str:
+    """Where Dynamo found an input, as `L['self']._modules['rotary_emb']._buffers['inv_freq']`; empty if unknown."""
+    argument = node.meta.get("grapharg")
+    source = getattr(argument, "_source", None) or getattr(argument, "source", None)
+    if source is None:
+        return ""
+    name = source.name
+    return str(name() if callable(name) else name)
+
+
+def keeps_rounding_points() -> bool:
+    """Whether Inductor was told to round wherever the eager graph rounds."""
+    import torch._inductor.config as inductor_config
+
+    return bool(inductor_config.emulate_precision_casts)
+
+
+def compile_with_inductor(
+    gm: fx.GraphModule,
+    example_inputs: list[Any],
+    mode: str | None,
+    options: dict[str, Any] | None,
+    tag: str,
+) -> Any:
+    """Inductor's compile of a Dynamo graph; `tag` enters the key of every cache entry, of forward and backward.
+
+    mode and options are checked by torch's own wrapper, as for backend="inductor".
+    """
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+    wrapper = torch._TorchCompileInductorWrapper(mode, options, None)
+
+    def inner_compile(*args: Any, **kwargs: Any) -> Any:
+        with _tagged(tag):
+            return compile_fx_inner(*args, **kwargs)
+
+    with _tagged(tag):
+        return compile_fx(
+            gm, example_inputs, inner_compile=inner_compile, config_patches=wrapper.config
+        )
+
+
+@contextlib.contextmanager
+def _tagged(tag: str) -> Iterator[None]:
+    import torch.compiler.config as compiler_config
+
+    old = compiler_config.cache_key_tag
+    if tag in old:
+        yield
+        return
+    with compiler_config.patch(cache_key_tag=f"{old}+{tag}" if old else tag):
+        yield
+
+
+def compile_with(name: str, gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
+    """torch's own eager or aot_eager backend."""
+    from torch._dynamo.backends.registry import lookup_backend
+
+    return lookup_backend(name)(gm, example_inputs)
+
+
+def reset_inductor() -> None:
+    """What torch.compiler.reset() asks of an Inductor backend."""
+    torch._TorchCompileInductorWrapper(None, None, None).reset()

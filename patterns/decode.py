@@ -57,13 +57,12 @@ class _Parts:
 
 
 def is_rotated(value: Value) -> bool:
-    """Whether a Value has a term that multiplies data by a table along its feature axis, beside another term."""
+    """Whether two terms or more multiply one data source by tables of their own; or the norm of such a sum."""
     if len(value.terms) < 2:
         return any(_is_norm_of_sum(f.leaf) for t in value.terms for f in t.factors)
-    tables = [
-        any(f.leaf.kind is Kind.TABLE and f.leaf.shape for f in t.factors) for t in value.terms
-    ]
-    return sum(tables) >= 2 and bool(value.sources())
+    common = set.intersection(*({f.leaf for f in t.factors} for t in value.terms))
+    tables = [any(_is_table(f, common) for f in t.factors) for t in value.terms]
+    return sum(tables) >= 2 and any(x.kind is Kind.DATA for x in common)
 
 
 def _is_norm_of_sum(leaf: Leaf) -> bool:
@@ -103,7 +102,7 @@ def _sort(value: Value) -> _Parts:
         if len(own) != 1:
             raise Refused("the source is multiplied by itself")
         x.append(own[0])
-        table = [f for f in rest if _is_table(value, f, common)]
+        table = [f for f in rest if _is_table(f, common)]
         if len(table) > 1:
             raise Refused("more than one table in a product")
         tables.append(table[0] if table else None)
@@ -132,10 +131,12 @@ def _varies(value: Value, leaf: Leaf) -> bool:
     )
 
 
-def _is_table(value: Value, factor: Factor, common: set[Leaf]) -> bool:
+def _is_table(factor: Factor, common: set[Leaf]) -> bool:
     if factor.leaf.kind is Kind.WEIGHT or v.is_statistic(factor.leaf) or not factor.axes:
         return False
-    return factor.leaf not in common or len(set(factor.axes[-1].offsets)) > 1
+    if factor.leaf not in common:
+        return True
+    return factor.leaf.kind is Kind.TABLE and len(set(factor.axes[-1].offsets)) > 1
 
 
 def _is_scale(factor: Factor) -> bool:

@@ -50,6 +50,10 @@ class Reading:
     positions: dict[Call, int]
     leaves: list[Leaf]
 
+    def versions_at(self, call: Call, storage: int) -> int:
+        """A storage's version when a call reads it."""
+        return sum(w < self.positions[call] for w in self.writes.get(storage, ()))
+
 
 class _Reader:
     def __init__(self, view: View, kinds: Mapping[fx.Node, Kind]) -> None:

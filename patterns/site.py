@@ -7,7 +7,7 @@ import torch
 from torch import fx
 
 from fxfuse.lens import Call, Scalar, Slot
-from fxfuse.patterns.record import Record, Stream
+from fxfuse.patterns.record import Record, Store, Stream
 from fxfuse.patterns.value import Leaf, Value
 
 Step: TypeAlias = tuple[Any, ...]
@@ -70,8 +70,7 @@ class StoreWrite:
     cache: Slot
     slots: Slot
     value: Slot
-    heads_first: bool
-    negative: str
+    record: Store
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

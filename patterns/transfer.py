@@ -284,7 +284,7 @@ def _add(result: Result, a: Any, b: Any, *, alpha: Any = 1) -> Value:
     a, b = _operand(result, a), _operand(result, b)
     if alpha != 1:
         b = v.scaled(b, alpha)
-    if a.sources() and b.sources() and a.sources() != b.sources():
+    if a.sources() and b.sources() and not a.sources() & b.sources():
         raise Opaque("a sum of different sources")
     return v.add(a, b, result.dtype)
 

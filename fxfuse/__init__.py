@@ -1,0 +1,15 @@
+"""fxfuse: a torch.compile backend that fuses the attention prelude of any traced model.
+
+    model = torch.compile(model, backend=fxfuse.backend)
+
+In a transformer a row of small kernels stands between the QKV projection and attention: reshape, RMSNorm(q), RMSNorm(k),
+RoPE, KV-cache store. fxfuse finds these chains in the traced graph however they are spelled, proves what it found, and
+puts one kernel in their place. See `explain` for what was fused in a model and why the rest was not.
+"""
+
+from fxfuse.entry import Backend, backend, explain
+from fxfuse.report import Report, counts, last_report
+from fxfuse.settings import FxfuseError
+
+__all__ = ["Backend", "FxfuseError", "Report", "backend", "counts", "explain", "last_report"]
+__version__ = "0.1.0"

@@ -1,0 +1,124 @@
+"""The entry: the backend torch.compile calls, and explain."""
+
+import dataclasses
+import functools
+import hashlib
+import pathlib
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxfuse import torch_private
+from fxfuse.passes import fuse_graph
+from fxfuse.report import Report, publish
+from fxfuse.settings import Settings
+
+_state = threading.local()
+
+
+class Backend:
+    """A torch.compile backend that fuses attention preludes, then compiles as Inductor does.
+
+    Example:
+        model = torch.compile(model, backend=fxfuse.Backend(strict=True))
+
+    Keywords are those of `Settings`. Backends compare and hash by their settings, so that a new instance with equal
+    settings compiles nothing anew.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = Settings(**settings)
+        self.__name__ = "fxfuse"
+
+    def __call__(
+        self,
+        gm: fx.GraphModule,
+        example_inputs: Sequence[Any],
+        *,
+        mode: str | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> Any:
+        """Compile one Dynamo graph. mode and options are Inductor's."""
+        fused, report = fuse_graph(gm, self.settings)
+        start = time.perf_counter()
+        compiled = self._compile(fused, list(example_inputs), mode, options)
+        report.milliseconds["compile"] = 1e3 * (time.perf_counter() - start)
+        publish(report)
+        for collected in getattr(_state, "collecting", ()):
+            collected.add(report)
+        return compiled
+
+    def _compile(self, gm: fx.GraphModule, inputs: list[Any], mode: Any, options: Any) -> Any:
+        if self.settings.compiler != "inductor":
+            return torch_private.compile_with(self.settings.compiler, gm, inputs)
+        from fxfuse.lowering.providers import register
+
+        register()
+        return torch_private.compile_with_inductor(gm, inputs, mode, options, source_tag())
+
+    def reset(self) -> None:
+        """Called by torch.compiler.reset()."""
+        if self.settings.compiler == "inductor":
+            torch_private.reset_inductor()
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and self.settings == other.settings  # type: ignore[attr-defined]
+
+    def __hash__(self) -> int:
+        return hash(self.settings)
+
+    def __repr__(self) -> str:
+        changed = {
+            f.name: getattr(self.settings, f.name)
+            for f in dataclasses.fields(self.settings)
+            if getattr(self.settings, f.name) != f.default
+        }
+        return f"fxfuse.Backend({', '.join(f'{k}={v!r}' for k, v in changed.items())})"
+
+
+class _Fresh(Backend):
+    """A backend equal to no other, so that what it compiles is compiled anew."""
+
+    __hash__ = object.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+
+@functools.cache
+def source_tag() -> str:
+    """A digest of fxfuse's own sources, for the keys of Inductor's caches: a lowering is in no key by itself."""
+    digest = hashlib.sha256()
+    root = pathlib.Path(__file__).parent
+    for path in sorted(p for folder in (".", "patterns", "lowering") for p in (root / folder).glob("*.py")):
+        digest.update(path.name.encode())
+        digest.update(path.read_bytes())
+    return f"fxfuse-{digest.hexdigest()[:16]}"
+
+
+def explain(
+    model: Any, *args: Any, mode: str | None = None, compiler: Any = "inductor", **kwargs: Any
+) -> Report:
+    """Compile and run a model afresh and say what was fused, what was not, and why.
+
+    Example:
+        print(fxfuse.explain(model, input_ids))
+        fxfuse.explain(toy_module, x, compiler="eager").fused[0].record
+
+    `mode` and `compiler` are torch.compile's and Backend's; all else goes to the model, which is really run: a cache
+    among the arguments is written to.
+    """
+    report = Report()
+    collecting = _state.collecting = [*getattr(_state, "collecting", ()), report]
+    try:
+        torch.compile(model, backend=_Fresh(compiler=compiler), mode=mode)(*args, **kwargs)
+    finally:
+        collecting.remove(report)
+    return report
+
+
+backend = Backend()

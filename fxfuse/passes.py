@@ -1,0 +1,136 @@
+"""The way of one graph: lens, read, plan (decode and prove), rewrite; with a report, and never an error of ours."""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import fx
+
+from fxfuse import ops as _ops
+from fxfuse.lens import Slot, look
+from fxfuse.lowering.providers import choose, facts_of
+from fxfuse.patterns.plan import plan
+from fxfuse.patterns.read import read
+from fxfuse.patterns.site import Site
+from fxfuse.patterns.value import Kind
+from fxfuse.report import Report, fused_of
+from fxfuse.rewrite import rewrite
+from fxfuse.settings import FxfuseError, Settings
+from fxfuse.torch_private import keeps_rounding_points, source_name
+
+log = logging.getLogger(__name__)
+_warned: set[str] = set()
+
+
+def fuse_graph(gm: fx.GraphModule, settings: Settings) -> tuple[fx.GraphModule, Report]:
+    """The graph with its sites fused, and the report. A graph that cannot be read comes back as it is."""
+    report = Report(graphs=1)
+    try:
+        with _timed(report, "fxfuse"):
+            fused = _fuse(gm, settings, report)
+    except FxfuseError:
+        raise
+    except Exception as error:
+        _warn_once(f"the graph goes to the compiler as it came: {type(error).__name__}: {error}")
+        log.debug("fxfuse failed", exc_info=True)
+        report.fused.clear()
+        report.notes.append(f"not fused, an error of fxfuse: {type(error).__name__}: {error}")
+        return gm, report
+    log.debug("%s", report)
+    if settings.strict and (refused := [r for r in report.refused if r.stage != "store"]):
+        raise FxfuseError(
+            "fxfuse: strict=True and a rotation was not fused:\n"
+            + "\n".join(f"  {r}" for r in refused)
+            + "\nfuse it by changing the model's spelling there, or compile with strict=False"
+        )
+    return fused, report
+
+
+def _fuse(gm: fx.GraphModule, settings: Settings, report: Report) -> fx.GraphModule:
+    if reason := _reason_to_leave(settings):
+        report.notes.append(reason)
+        return gm
+    assert _ops
+    with _timed(report, "lens"):
+        view = look(gm)
+    with _timed(report, "read"):
+        reading = read(view, placeholder_kinds(gm))
+    training = torch.is_grad_enabled() and any(_requires_grad(n) for n in gm.graph.nodes)
+    with _timed(report, "plan"):
+        planned = plan(reading, store=not training and "store" not in settings.disable)
+    for bug in planned.disproved:
+        log.error("fxfuse: a proof failed, the site is left alone (please report this): %s", bug)
+    report.refused += planned.refusals
+    if training and planned.sites:
+        report.notes.append(
+            "gradients are needed: norm and RoPE are fused with their gradients, cache writes stay the model's; "
+            "for inference compile under torch.no_grad()"
+        )
+    if not planned.sites:
+        return gm
+    with _timed(report, "rewrite"):
+        fused = rewrite(gm, view, planned)
+    report.fused += [fused_of(site, _provider(site, settings)) for site in planned.sites]
+    return fused
+
+
+def _reason_to_leave(settings: Settings) -> str:
+    if "attention" in settings.disable:
+        return "disabled by settings"
+    if settings.numerics == "graph" or keeps_rounding_points():
+        return (
+            "nothing is fused: the graph's own rounding points are asked for (numerics='graph' or Inductor's "
+            "emulate_precision_casts), and the fused kernels round once"
+        )
+    return ""
+
+
+def _provider(site: Site, settings: Settings) -> str:
+    if settings.compiler != "inductor":
+        return "reference"
+    examples = []
+    for stream in (site.q, site.k, site.v):
+        slot = stream.x.leaf.slot if stream else None
+        example = slot.node.meta.get("example_value") if isinstance(slot, Slot) else None
+        examples.append(stream.x.apply(example) if stream and isinstance(example, torch.Tensor) else None)
+    q = examples[0]
+    if q is None:
+        return "loops"
+    return choose(q.device.type, facts_of(site.record, *examples)).provider
+
+
+def placeholder_kinds(gm: fx.GraphModule) -> dict[fx.Node, Kind]:
+    """What each input of the graph holds: a parameter, a position or buffer, or data."""
+    return {n: _kind(n) for n in gm.graph.nodes if n.op in ("placeholder", "get_attr")}
+
+
+def _kind(node: fx.Node) -> Kind:
+    example = node.meta.get("example_value")
+    if isinstance(example, torch.nn.Parameter):
+        return Kind.WEIGHT
+    if isinstance(example, torch.Tensor) and not (example.is_floating_point() or example.is_complex()):
+        return Kind.TABLE
+    return Kind.TABLE if "_buffers" in source_name(node) else Kind.DATA
+
+
+def _requires_grad(node: fx.Node) -> bool:
+    example = node.meta.get("example_value")
+    return node.op == "placeholder" and isinstance(example, torch.Tensor) and example.requires_grad
+
+
+@contextmanager
+def _timed(report: Report, stage: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    spent = 1e3 * (time.perf_counter() - start)
+    report.milliseconds[stage] = report.milliseconds.get(stage, 0.0) + spent
+
+
+def _warn_once(text: str) -> None:
+    if text not in _warned:
+        _warned.add(text)
+        log.warning("fxfuse: %s", text)
+
+

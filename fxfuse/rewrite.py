@@ -1,0 +1,154 @@
+"""Rewrite: a planned site becomes one fxfuse op in a copy of Dynamo's graph; what nothing uses any more is erased.
+
+The graph handed in stays as it was: a rewrite that fails half-way leaves the original whole.
+"""
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxfuse.lens import Call, Scalar, Slot, View
+from fxfuse.patterns.plan import Plan
+from fxfuse.patterns.site import Access, Decoded, Site
+from fxfuse.torch_private import copy_graph_module, fake_mode_of, without_guards
+
+
+def rewrite(gm: fx.GraphModule, view: View, plan: Plan) -> fx.GraphModule:
+    """A copy of the graph with every site of the plan replaced by its op."""
+    new, nodes = copy_graph_module(gm)
+    editor = _Editor(new, view, nodes)
+    for site in plan.sites:
+        editor.replace(site)
+    editor.erase()
+    new.graph.lint()
+    new.recompile()
+    return new
+
+
+class _Editor:
+    def __init__(self, gm: fx.GraphModule, view: View, nodes: dict[fx.Node, fx.Node]) -> None:
+        self.gm, self.view, self.nodes = gm, view, nodes
+        self.holder: dict[Slot, fx.Node] = {}
+        for node, result in view.results.items():
+            if isinstance(result, Slot):
+                self.holder.setdefault(result, node)
+        self.readable = {nodes[c.node] for c in view.calls}
+        self.readable -= {nodes[c.node] for c in view.calls if c.writes or c.op is None}
+        self.fake_mode = fake_mode_of(gm)
+        self.dead: list[fx.Node] = []
+
+    def replace(self, site: Site) -> None:
+        graph = self.gm.graph
+        anchor = self.nodes[site.q.slot.node]
+        with graph.inserting_before(self.nodes[site.before]):
+            op = self._call(site)
+            results = [self._add(operator.getitem, (op, i), anchor) for i in (0, 1)]
+            for decoded, result in zip((site.q, site.k), results, strict=False):
+                if decoded is None or not decoded.stream.keep:
+                    continue
+                shaped = self._as_value(decoded, result, anchor)
+                self._substitute(decoded.slot, shaped)
+            if not results[1].users:
+                graph.erase_node(results[1])
+        for store in site.stores():
+            self._remove_store(store.call)
+
+    def _call(self, site: Site) -> fx.Node:
+        q, k, v = site.q, site.k, site.v
+        anchor = self.nodes[q.slot.node]
+        operands = [self._operand(d.x, anchor) if d else None for d in (q, k)]
+        extras = [
+            self._operand(access, anchor) if access else None
+            for access in (
+                q.weight,
+                k.weight if k else None,
+                q.scale,
+                k.scale if k else None,
+                q.cos,
+                q.sin,
+            )
+        ]
+        eps = [self._number(d.eps) if d else 0.0 for d in (q, k)]
+        text = site.record.to_text()
+        if site.k_store is None:
+            args = (*operands, *extras, *eps, text)
+            return self._add(torch.ops.fxfuse.norm_rope.default, args, anchor)
+        caches = [
+            self._holder(s.cache) if s is not None else None for s in (site.k_store, site.v_store)
+        ]
+        slots = self._holder(site.k_store.slots)
+        value = self._operand(v.x, anchor) if v else None
+        args = (*operands, value, *extras, slots, *caches, *eps, text)
+        return self._add(torch.ops.fxfuse.norm_rope_store_.default, args, anchor)
+
+    def _number(self, x: float | Scalar) -> Any:
+        return self.nodes[x.node] if isinstance(x, Scalar) else x
+
+    def _holder(self, slot: Slot) -> fx.Node:
+        return self.nodes[self.holder[slot]]
+
+    def _operand(self, access: Access, anchor: fx.Node) -> fx.Node:
+        node = self._holder(access.leaf.slot)
+        for name, *args in access.steps:
+            if name == "view_as_real":
+                node = self._add(torch.view_as_real, (node,), anchor)
+            else:
+                node = self._add(name, (node, *args), anchor)
+        return node
+
+    def _as_value(self, decoded: Decoded, result: fx.Node, anchor: fx.Node) -> fx.Node:
+        """The op's [B, T, H, D] with the dims of the value it replaces."""
+        rank = len(decoded.value.dims)
+        axes = [i for i, row in enumerate(decoded.rows) if row is not None]
+        for place in reversed([i for i, row in enumerate(decoded.rows) if row is None]):
+            result = self._add("select", (result, place, 0), anchor)
+        place_of = {decoded.rows[i]: axes.index(i) for i in axes}
+        order = tuple(place_of[d] for d in range(rank - 1) if d in place_of) + (len(axes),)
+        if order != tuple(range(len(order))):
+            result = self._add("permute", (result, order), anchor)
+        for d in range(rank - 1):
+            if d not in place_of:
+                result = self._add("unsqueeze", (result, d), anchor)
+        return result
+
+    def _substitute(self, slot: Slot, new: fx.Node) -> None:
+        for node, result in self.view.results.items():
+            if result is slot:
+                self.nodes[node].replace_all_uses_with(new)
+                self.dead.append(self.nodes[node])
+
+    def _remove_store(self, call: Call) -> None:
+        """The write's node returns its cache; later readers read the cache itself."""
+        node = self.nodes[call.node]
+        self.dead += node.all_input_nodes
+        node.replace_all_uses_with(self._holder(call.writes[0]))
+        self.gm.graph.erase_node(node)
+
+    def _add(self, target: Any, args: tuple[Any, ...], anchor: fx.Node) -> fx.Node:
+        """A new node with the metadata Dynamo's nodes carry."""
+        create = self.gm.graph.call_method if isinstance(target, str) else self.gm.graph.call_function
+        node = create(target, args)
+        for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
+            if key in anchor.meta:
+                node.meta[key] = anchor.meta[key]
+        node.meta["example_value"] = self._example(target, args)
+        return node
+
+    def _example(self, target: Any, args: tuple[Any, ...]) -> Any:
+        values = fx.node.map_arg(args, lambda n: n.meta["example_value"])
+        with self.fake_mode, torch.no_grad(), without_guards(self.fake_mode):
+            if isinstance(target, str):
+                return getattr(values[0], target)(*values[1:])
+            return target(*values)
+
+    def erase(self) -> None:
+        """Erase what the rewrite left without users, from the replaced nodes upwards, never a node that writes."""
+        waiting = list(self.dead)
+        while waiting:
+            node = waiting.pop()
+            if node.users or node not in self.readable or node._erased:
+                continue
+            waiting += node.all_input_nodes
+            self.gm.graph.erase_node(node)

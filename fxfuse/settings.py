@@ -1,0 +1,41 @@
+"""Settings of a Backend: one frozen dataclass, compared and hashed by value."""
+
+import dataclasses
+from typing import Literal
+
+Compiler = Literal["inductor", "aot_eager", "eager"]
+Numerics = Literal["inductor", "graph"]
+
+DISABLEABLE = ("attention", "store")
+
+
+class FxfuseError(RuntimeError):
+    """An error of fxfuse's own: a wrong setting, or a refusal under strict=True."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How a Backend works.
+
+    strict     a rotation that is refused is an error that names it
+    disable    stages left alone: "attention" (everything), "store" (cache writes stay the model's)
+    numerics   "inductor": float32 from load to store, one rounding; "graph": the graph's own rounding points, which
+               the fused kernels do not keep, so that nothing is fused and the report says so
+    compiler   what compiles the rewritten graph; "eager" and "aot_eager" run the reference, for fast tests
+    """
+
+    strict: bool = False
+    disable: tuple[str, ...] = ()
+    numerics: Numerics = "inductor"
+    compiler: Compiler = "inductor"
+
+    def __post_init__(self) -> None:
+        _check("compiler", self.compiler, ("inductor", "aot_eager", "eager"))
+        _check("numerics", self.numerics, ("inductor", "graph"))
+        for stage in self.disable:
+            _check("disable", stage, DISABLEABLE)
+
+
+def _check(name: str, got: str, wanted: tuple[str, ...]) -> None:
+    if got not in wanted:
+        raise FxfuseError(f"fxfuse.Backend: {name} is {got!r}, wanted one of {', '.join(wanted)}")

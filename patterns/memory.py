@@ -1,0 +1,92 @@
+"""Whether a fused op may stand where it is planned: order, versions of storages, regions."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import fx
+
+from fxfuse.lens import Scalar, Slot
+from fxfuse.patterns.access import Refused
+from fxfuse.patterns.read import Reading
+from fxfuse.patterns.site import Decoded, StoreWrite
+
+
+class Memory:
+    """Writes and reads of storages by position in the model's graph."""
+
+    def __init__(self, reading: Reading) -> None:
+        self.reading = reading
+        self.index = {node: i for i, node in enumerate(reading.view.graph.nodes)}
+        calls = reading.view.calls
+        self.writes = {
+            storage: [self.index[calls[p].node] for p in positions]
+            for storage, positions in reading.writes.items()
+        }
+        self.touches: dict[int, list[fx.Node]] = {}
+        for call in calls:
+            for slot in (*call.inputs(), *call.outs):
+                self.touches.setdefault(slot.storage, []).append(call.node)
+
+    def version(self, storage: int, before: fx.Node) -> int:
+        """How often a storage has been written by the nodes before one."""
+        return sum(w < self.index[before] for w in self.writes.get(storage, ()))
+
+    def check(
+        self,
+        streams: list[Decoded],
+        stores: list[StoreWrite],
+        before: fx.Node,
+        holder: Mapping[Slot, fx.Node],
+    ) -> None:
+        """Raises Refused if an op before `before` would read or write other memory than the model's own calls."""
+        here = self.index[before]
+        for decoded in streams:
+            for access in decoded.accesses():
+                slot = access.leaf.slot
+                node = slot.node if isinstance(slot, Scalar) else holder[slot]
+                if self.index[node] >= here:
+                    raise Refused(f"{node.name} is computed after the first use of the result")
+                if isinstance(slot, Slot):
+                    self._check_version(slot, access.leaf.version, before)
+            self._check_region(decoded.slot.node, before)
+        for store in stores:
+            self._check_store(store, stores, before, holder)
+
+    def _check_version(self, slot: Slot, version: int, before: fx.Node) -> None:
+        if self.version(slot.storage, before) != version:
+            raise Refused(f"{slot.node.name} is written between its use and the fused op")
+
+    def _check_region(self, start: fx.Node, end: fx.Node) -> None:
+        """No op may leave the grad mode or autocast region it was written in."""
+        node = start
+        while node is not end and node.op != "root":
+            if node.target in _REGIONS:
+                raise Refused(f"{node.name} begins or ends a region in between")
+            node = node.next
+
+    def _check_store(
+        self,
+        store: StoreWrite,
+        stores: list[StoreWrite],
+        before: fx.Node,
+        holder: Mapping[Slot, fx.Node],
+    ) -> None:
+        own = {s.call.node for s in stores}
+        start, end = self.index[store.call.node], self.index[before]
+        for node in self.touches.get(store.cache.storage, ()):
+            if node not in own and start < self.index[node] < end:
+                raise Refused(f"{node.name} touches the cache between its store and the fused op")
+        for slot in (store.slots, store.cache):
+            if slot not in holder or self.index[holder[slot]] >= end:
+                raise Refused("the cache or its slots are not at hand")
+        if self.version(store.slots.storage, before) != self.version(
+            store.slots.storage, store.call.node
+        ):
+            raise Refused("the slots are written between the store and the fused op")
+
+
+_REGIONS = (
+    torch._C._set_grad_enabled,
+    torch.amp.autocast_mode._enter_autocast,
+    torch.amp.autocast_mode._exit_autocast,
+)

@@ -1,0 +1,338 @@
+"""Plan: decoded streams joined into sites, one op each, where memory allows it.
+
+First the frontier: the last slot of each rotated value that a stream can make and that something outside needs. Then
+q and k that read the same tables are joined, and the cache writes of k and v with them. A fused op stands after its last
+input and before its first consumer; nothing in between may write what it reads, or touch what it stores to.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+
+import torch
+from torch import fx
+from torch.utils._pytree import tree_flatten
+
+from fxfuse.lens import Call, Scalar, Slot
+from fxfuse.patterns.access import Refused
+from fxfuse.patterns.decode import decode, is_rotated
+from fxfuse.patterns.memory import Memory
+from fxfuse.patterns.prove import Disproved, Untried, prove
+from fxfuse.patterns.read import Reading
+from fxfuse.patterns.record import Record
+from fxfuse.patterns.site import Decoded, Refusal, Site, StoreWrite, location
+from fxfuse.patterns.stores import find_stores, stored_copy
+
+aten = torch.ops.aten
+
+
+@dataclasses.dataclass
+class Plan:
+    """What to rewrite, what was refused, and what was disproved (each of those a bug of fxfuse)."""
+
+    sites: list[Site]
+    refusals: list[Refusal]
+    disproved: list[str] = dataclasses.field(default_factory=list)
+
+
+class Uses:
+    """Who consumes a slot: calls by slot, and what the graph returns."""
+
+    def __init__(self, reading: Reading) -> None:
+        view = reading.view
+        self.consumers: dict[Slot, list[Call]] = {}
+        for call in view.calls:
+            for slot in dict.fromkeys(call.inputs()):
+                self.consumers.setdefault(slot, []).append(call)
+        self.holder: dict[Slot, fx.Node] = {}
+        for node, result in view.results.items():
+            if isinstance(result, Slot):
+                self.holder.setdefault(result, node)
+        output = next(n for n in view.graph.nodes if n.op == "output")
+        self.returned = {
+            slot
+            for node in output.all_input_nodes
+            for slot in tree_flatten(view.results[node])[0]
+            if isinstance(slot, Slot)
+        }
+        self.output = output
+
+
+class _Planner:
+    def __init__(self, reading: Reading, store: bool) -> None:
+        self.reading = reading
+        self.uses = Uses(reading)
+        self.memory = Memory(reading)
+        self.stores = find_stores(reading) if store else []
+        self.absorbed: set[Call] = set()
+        self.streams: list[Decoded] = []
+        self.refused: dict[Slot, tuple[str, str]] = {}
+        self.plan = Plan([], [])
+
+    def run(self) -> Plan:
+        for call in reversed(self.reading.view.calls):
+            self._visit(call)
+        self.streams.sort(key=lambda d: self.memory.index[self.uses.holder[d.slot]])
+        waiting = list(self.streams)
+        while waiting:
+            first = waiting.pop(0)
+            partner = next((d for d in waiting if self._joinable(first, d)), None)
+            if partner is not None and (site := self._site(first, partner)):
+                waiting.remove(partner)
+            else:
+                site = self._site(first, None)
+            if site is not None:
+                self.plan.sites.append(site)
+        self._report_refusals()
+        return self.plan
+
+    # --- the frontier -----------------------------------------------------------------------------------------
+
+    def _visit(self, call: Call) -> None:
+        """Calls come last to first: one whose results nobody outside a stream needs is part of that stream."""
+        if not call.outs or call.writes or call not in self.reading.relations:
+            return
+        if not any(self._is_needed(slot) for slot in call.outs):
+            self.absorbed.add(call)
+            return
+        slot = call.outs[0]
+        value = self.reading.values[slot]
+        if self.reading.relations[call] == "view" or not is_rotated(value):
+            return
+        try:
+            self._accept(call, slot)
+        except Refused as reason:
+            self.refused[slot] = ("decode", str(reason))
+        except Untried as reason:
+            self.refused[slot] = ("prove", str(reason))
+        except Disproved as reason:
+            self.refused[slot] = ("prove", str(reason))
+            self.plan.disproved.append(f"{slot.node.name}: {reason}")
+
+    def _is_needed(self, slot: Slot) -> bool:
+        consumers = self.uses.consumers.get(slot, [])
+        return slot in self.uses.returned or any(c not in self.absorbed for c in consumers)
+
+    def _accept(self, call: Call, slot: Slot) -> None:
+        if slot not in self.uses.holder:
+            raise Refused("a result inside one call of the model's graph")
+        decoded = decode(slot, self.reading.values[slot])
+        for access in decoded.accesses():
+            if not isinstance(access.leaf.slot, Slot | Scalar):
+                raise Refused("an operand that no node of the graph holds")
+            if isinstance(access.leaf.slot, Slot) and access.leaf.slot not in self.uses.holder:
+                raise Refused("an operand inside one call of the model's graph")
+        prove(decoded)
+        stream = dataclasses.replace(
+            decoded.stream,
+            dtype=str(slot.dtype).removeprefix("torch."),
+            heads_first=_is_heads_first(decoded),
+        )
+        self.streams.append(dataclasses.replace(decoded, stream=stream))
+        self.absorbed.add(call)
+
+    # --- sites ------------------------------------------------------------------------------------------------
+
+    def _joinable(self, a: Decoded, b: Decoded) -> bool:
+        """Streams of one attention: they turn by the same rows of the same tables."""
+        return a.cos == b.cos and a.sin == b.sin and a.value.dtype == b.value.dtype
+
+    def _site(self, a: Decoded, b: Decoded | None) -> Site | None:
+        """The site of one or two streams with as many stores as memory allows; None if it allows no site."""
+        q, k = self._roles(a, b)
+        k_store = self._store_of(k) if k is not None else None
+        v_store = self._partner_store(k_store) if k_store else None
+        reasons: list[str] = []
+        for stores in ([k_store, v_store], [k_store, None], [None, None]):
+            if stores[0] is k_store or not any(stores):
+                try:
+                    return self._place(q, k, *stores)
+                except Refused as reason:
+                    reasons.append(str(reason))
+        if b is None:
+            self.refused[a.slot] = ("plan", reasons[-1])
+        return None
+
+    def _roles(self, a: Decoded, b: Decoded | None) -> tuple[Decoded, Decoded | None]:
+        if b is None:
+            return a, None
+        if self._store_of(a) and not self._store_of(b):
+            return b, a
+        if self._operand_of_attention(a) == 1 or self._operand_of_attention(b) == 0:
+            return b, a
+        return a, b
+
+    def _operand_of_attention(self, decoded: Decoded) -> int | None:
+        """Which operand of attention (or of a matmul) the stream's result becomes through views and repeats."""
+        waiting, seen = [decoded.slot], set()
+        while waiting:
+            slot = waiting.pop()
+            for call in self.uses.consumers.get(slot, []):
+                if call.op in (aten.scaled_dot_product_attention.default, aten.matmul.default):
+                    return call.args.index(slot) if slot in call.args else None
+                if call in self.reading.relations and call not in seen:
+                    seen.add(call)
+                    waiting += call.outs
+        return None
+
+    def _store_of(self, decoded: Decoded) -> StoreWrite | None:
+        """The cache write of a stream's result, seen through views."""
+        for store in self.stores:
+            if self._origin(store.value) is decoded.slot and _rows_fit(self.reading, store, decoded):
+                return store
+        return None
+
+    def _origin(self, slot: Slot) -> Slot:
+        while slot.call is not None and self.reading.relations.get(slot.call) == "view":
+            slot = slot.call.inputs()[0]
+        return slot
+
+    def _partner_store(self, k_store: StoreWrite) -> StoreWrite | None:
+        """v's store: at the same slots, into other memory, of a value that is a view of a projection."""
+        for store in self.stores:
+            same_place = store.slots is k_store.slots and store.record == k_store.record
+            if store is k_store or not same_place:
+                continue
+            if store.cache.storage != k_store.cache.storage and stored_copy(self.reading, store):
+                return store
+        return None
+
+    def _place(
+        self,
+        q: Decoded,
+        k: Decoded | None,
+        k_store: StoreWrite | None,
+        v_store: StoreWrite | None,
+    ) -> Site:
+        stores = [s for s in (k_store, v_store) if s is not None]
+        streams = [s for s in (q, k) if s is not None]
+        v = None
+        if v_store is not None:
+            v = stored_copy(self.reading, v_store)
+            assert v is not None
+            streams.append(v)
+        q = self._kept(q, None)
+        k = self._kept(k, k_store) if k is not None else None
+        results = [s for s in (q, k) if s is not None and s.stream.keep]
+        before = self._position(results, stores)
+        self.memory.check(streams, stores, before, self.uses.holder)
+        if k_store is not None and k is not None and k_store.cache.dtype != k.slot.dtype:
+            raise Refused("a cache of another dtype")
+        record = Record(
+            q.stream,
+            k.stream if k else None,
+            v.stream if v else None,
+            k_store.record if k_store else None,
+        )
+        return Site(record, q, k, v, k_store, v_store, before)
+
+    def _kept(self, decoded: Decoded, store: StoreWrite | None) -> Decoded:
+        """keep=False where the cache alone receives the result."""
+        keep = store is None or self._is_read_beside(decoded.slot, store)
+        return dataclasses.replace(decoded, stream=dataclasses.replace(decoded.stream, keep=keep))
+
+    def _is_read_beside(self, slot: Slot, store: StoreWrite) -> bool:
+        if slot in self.uses.returned:
+            return True
+        for call in self.uses.consumers.get(slot, []):
+            if call is store.call or call in self.absorbed:
+                continue
+            is_view = self.reading.relations.get(call) == "view"
+            if not is_view or any(self._is_read_beside(s, store) for s in call.outs):
+                return True
+        return False
+
+    def _position(self, results: Iterable[Decoded], stores: list[StoreWrite]) -> fx.Node:
+        """The node the op is inserted before: the site's last store, else the first consumer of its results."""
+        index = self.memory.index
+        consumers = [
+            c.node
+            for d in results
+            for c in self.uses.consumers.get(d.slot, [])
+            if c not in self.absorbed
+        ]
+        consumers += [self.uses.output for d in results if d.slot in self.uses.returned]
+        first = min(consumers, key=index.__getitem__)
+        if not stores:
+            return first
+        last = max((s.call.node for s in stores), key=index.__getitem__)
+        if any(index[c] < index[last] and c not in self._store_path(stores) for c in consumers):
+            raise Refused("a result that is read before it is stored")
+        return last
+
+    def _store_path(self, stores: list[StoreWrite]) -> set[fx.Node]:
+        """The views between a result and its store."""
+        nodes = set()
+        for store in stores:
+            nodes.add(store.call.node)
+            slot = store.value
+            while slot.call is not None and self.reading.relations.get(slot.call) == "view":
+                nodes.add(slot.call.node)
+                slot = slot.call.inputs()[0]
+        return nodes
+
+    # --- refusals ---------------------------------------------------------------------------------------------
+
+    def _report_refusals(self) -> None:
+        """One refusal for each rotated value that no site makes; what a site makes otherwise is no refusal."""
+        made = {d.slot for site in self.plan.sites for d in site.streams()}
+        reported: set[Slot] = set()
+        for slot, (stage, reason) in self.refused.items():
+            below = self._below(slot)
+            if below & made or any(slot in self._below(other) for other in reported):
+                continue
+            reported.add(slot)
+            self.plan.refusals.append(
+                Refusal(stage, slot.node.name, reason, location(slot.node))
+            )
+        fused_stores = {s.call for site in self.plan.sites for s in site.stores()}
+        for store in self.stores:
+            if store.call not in fused_stores and self._origin(store.value) in made:
+                self.plan.refusals.append(
+                    Refusal(
+                        "store",
+                        store.call.node.name,
+                        "the cache write is left to the model: another op touches the cache, or the "
+                        "result is read before it is stored",
+                        location(store.call.node),
+                    )
+                )
+
+    def _below(self, slot: Slot) -> set[Slot]:
+        """The slots a value was made from, through calls that were read."""
+        seen: set[Slot] = set()
+        waiting = [slot]
+        while waiting:
+            call = waiting.pop().call
+            if call is None or call not in self.reading.relations:
+                continue
+            new = [s for s in call.inputs() if s not in seen]
+            seen.update(new)
+            waiting += new
+        return seen
+
+
+def _is_heads_first(decoded: Decoded) -> bool:
+    """The memory order the graph's own result has, or its dims' order where the sizes leave it open."""
+    _, token, head = decoded.rows
+    if token is None or head is None:
+        return False
+    stride, shape = decoded.slot.stride, decoded.slot.shape
+    if shape[token] == 1 or shape[head] == 1:
+        return head < token
+    a, b = stride[head], stride[token]
+    return a > b if isinstance(a, int) and isinstance(b, int) else head < token
+
+
+def _rows_fit(reading: Reading, store: StoreWrite, decoded: Decoded) -> bool:
+    """Whether the stored value's dims are the stream's batch, head and token axes in the cache's order."""
+    order = (0, 2, 1) if store.record.heads_first else (0, 1, 2)
+    dims = reading.values[store.value].dims
+    if len(dims) != 4 or None in decoded.rows:
+        return False
+    rows = [decoded.value.dims[decoded.rows[i]] for i in order]  # type: ignore[index]
+    return list(dims[:3]) == rows
+
+
+def plan(reading: Reading, *, store: bool) -> Plan:
+    """Plan the sites of a graph; store=False leaves every cache write to the model (a training graph)."""
+    return _Planner(reading, store).run()
