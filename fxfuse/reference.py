@@ -89,7 +89,8 @@ def row(
     if norm and norm.when == "after":
         parts = [(0, 1, normalise(assembled(parts, stream.channels), norm, weight, eps))]
     # Rounded before they are joined, so that Inductor's loops write each part of a row once.
-    return assembled([(*at, scaled(y, stream, scale)) for *at, y in parts], stream.channels)
+    parts = [(start, step, scaled(y, stream, scale)) for start, step, y in parts]
+    return assembled(parts, stream.channels, stream.heads_first)
 
 
 def normalise(x: Tensor, norm: Norm, weight: Tensor | None, eps: float) -> Tensor:
@@ -151,12 +152,16 @@ def take(x: Tensor, start: int, step: int, length: int) -> Tensor:
     return x[..., start : start + step * (length - 1) + 1 : step]
 
 
-def assembled(parts: list[Part], channels: int) -> Tensor:
-    """One row of parts that tile its channels."""
+def assembled(parts: list[Part], channels: int, heads_first: bool = False) -> Tensor:
+    """One row of parts that tile its channels; joined in the memory order of the result."""
     # cat is what Inductor's C++ loops vectorise; strided parts in odd places need the scatter.
     if all(step == 1 or part.shape[-1] == 1 for _, step, part in parts):
         ordered = [part for _, _, part in sorted(parts, key=lambda p: p[0])]
-        return ordered[0] if len(ordered) == 1 else torch.cat(ordered, -1)
+        if len(ordered) == 1:
+            return ordered[0]
+        if heads_first:
+            return torch.cat([part.transpose(1, 2) for part in ordered], -1).transpose(1, 2)
+        return torch.cat(ordered, -1)
     one = parts[0][2]
     y = one.new_zeros((*one.shape[:-1], channels))
     for start, step, part in parts:

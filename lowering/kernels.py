@@ -183,7 +183,8 @@ def norm_rope_store(
         i_s = tl.load(slots_ptr + i_t * stride_slot).to(tl.int64)
         if WRAP:
             i_s = tl.where(i_s < 0, i_s + S, i_s)
-        m_s = (i_s >= 0) & (i_s < S)
+        # How many heads to store: none where the cache lacks the slot.
+        n_g = tl.where((i_s >= 0) & (i_s < S), G, 0)
     if i_block < Q_BLOCKS:
         o_h = (i_block * HEADS + tl.arange(0, HEADS)).to(tl.int64)
         m_h = o_h < H
@@ -217,7 +218,7 @@ def norm_rope_store(
             if K_STORE:
                 ptr = k_cache_ptr + i_b * stride_kcb + i_s * stride_kcs
                 store_row(
-                    ptr, first, second, low, high, o_g, m_g & m_s, stride_kcg, stride_kcd, Y, BLOCKS
+                    ptr, first, second, low, high, o_g, o_g < n_g, stride_kcg, stride_kcd, Y, BLOCKS
                 )  # fmt: skip
     if V_BLOCKS > 0:  # noqa: SIM102
         if i_block >= Q_BLOCKS + K_BLOCKS:
@@ -226,4 +227,4 @@ def norm_rope_store(
             ptr = v_ptr + i_b * stride_vb + i_t * stride_vt
             b = load_block(ptr, o_g, m_g, stride_vh, stride_vd, 0, 1, DV, V_BLOCK)
             ptr = v_cache_ptr + i_b * stride_vcb + i_s * stride_vcs
-            store_block(ptr, b, o_g, m_g & m_s, stride_vcg, stride_vcd, 0, 1, DV, V_BLOCK)
+            store_block(ptr, b, o_g, o_g < n_g, stride_vcg, stride_vcd, 0, 1, DV, V_BLOCK)

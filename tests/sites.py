@@ -1,0 +1,202 @@
+"""Records in the spellings of real models, and random operands for them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxfuse import reference
+from fxfuse.patterns.record import Norm, Pair, Pass, Record, Rotation, Store, Stream
+
+NORM = Norm("head", "before", has_weight=True)
+Rope = tuple[Rotation | None, tuple[Pass, ...]]
+
+
+def halves(d: int, r: int | None = None, start: int = 0) -> Rope:
+    """Llama's pairing on channels [start, start + r): i with i + r / 2; tables as wide as r."""
+    r = d if r is None else r
+    pair, table = Pair(start, start + r // 2, 1), Pair(0, r // 2, 1)
+    gaps = ((0, start), (start + r, d - start - r))
+    return Rotation(r // 2, pair, pair, table, table, (-1, 1)), tuple(
+        Pass(s, s, n) for s, n in gaps if n
+    )
+
+
+def neighbours(d: int, r: int | None = None, turn: int = 1) -> Rope:
+    """GPT-J's pairing: 2i with 2i + 1; tables half as wide; turn -1 rotates the other way."""
+    r = d if r is None else r
+    pair, table = Pair(0, 1, 2), Pair(0, 0, 1)
+    passes = (Pass(r, r, d - r),) if r < d else ()
+    return Rotation(r // 2, pair, pair, table, table, (-turn, turn)), passes
+
+
+def unrotated(d: int) -> Rope:
+    return None, (Pass(0, 0, d),)
+
+
+def stream(d: int, rope: Rope | None = None, **fields: Any) -> Stream:
+    rotation, passes = halves(d) if rope is None else rope
+    return Stream(d, fields.pop("norm", None), rotation, passes, **fields)
+
+
+def copied(d: int, **fields: Any) -> Stream:
+    return Stream(d, None, None, (Pass(0, 0, d),), keep=False, **fields)
+
+
+def site(
+    d: int,
+    rope: Rope | None = None,
+    store: Store | None = None,
+    with_k: bool = True,
+    with_v: bool = True,
+    v_channels: int | None = None,
+    k_keep: bool = True,
+    **fields: Any,
+) -> Record:
+    """A record whose q and k are alike; v only where there is a store."""
+    q = stream(d, rope, **fields)
+    k = dataclasses.replace(q, keep=k_keep) if with_k else None
+    stored = store is not None and with_v
+    v = copied(v_channels or d, dtype=q.dtype) if stored else None
+    return Record(q, k, v, store)
+
+
+def with_dtype(record: Record, dtype: str) -> Record:
+    def changed(s: Stream | None) -> Stream | None:
+        return s and dataclasses.replace(s, dtype=dtype)
+
+    q = dataclasses.replace(record.q, dtype=dtype)
+    return dataclasses.replace(record, q=q, k=changed(record.k), v=changed(record.v))
+
+
+# Together these take every branch of the kernel.
+SITES: dict[str, Record] = {
+    "qwen3": site(128, norm=NORM, store=Store(True), heads_first=True, k_keep=False),
+    "llama": site(64, store=Store(False, "wrap")),
+    "gptj, partial": site(48, neighbours(48, 32), norm=NORM, store=Store(True)),
+    "flux": site(128, neighbours(128, turn=-1), norm=NORM),
+    "middle": site(80, halves(80, 40, 20), norm=NORM, store=Store(True), v_channels=48),
+    "gemma": site(96, norm=Norm("head", "before", True, 1.0), scale=0.125, heads_first=True),
+    "olmo2": site(32, norm=Norm("given", "before", True), has_scale=True),
+    "after": site(40, norm=Norm("head", "after", True), has_scale=True, scale=2.0),
+    "no weight": site(24, neighbours(24), norm=Norm("head", "before", False)),
+    "norm alone": site(56, unrotated(56), norm=NORM, store=Store(False), k_keep=False),
+    "q alone": site(64, norm=NORM, with_k=False),
+    "k stored alone": site(64, norm=NORM, store=Store(True, "wrap"), with_v=False),
+    "halves to neighbours": site(
+        32,
+        (Rotation(16, Pair(0, 16, 1), Pair(0, 1, 2), Pair(0, 0, 1), Pair(0, 0, 1), (-1, 1)), ()),
+    ),
+}
+PER_HEAD_WEIGHTS = ("olmo2", "after")
+
+
+@dataclasses.dataclass
+class Operands:
+    """The tensors of one op call, by the op's argument names, and its record."""
+
+    record: Record
+    tensors: dict[str, Tensor | None]
+    eps: tuple[float, float] = (1e-6, 1e-5)
+
+    @property
+    def stores(self) -> bool:
+        return self.record.store is not None
+
+    def arguments(self) -> tuple[Any, ...]:
+        """By position, as torch.ops.fxfuse takes them."""
+        names = ["q", "k", *(["v"] if self.stores else [])]
+        names += ["q_weight", "k_weight", "q_scale", "k_scale", "cos", "sin"]
+        names += ["slots", "k_cache", "v_cache"] if self.stores else []
+        found = [self.tensors.get(name) for name in names]
+        return (*found, *self.eps, self.record.to_text())
+
+    def op(self) -> Any:
+        ops = torch.ops.fxfuse
+        return (ops.norm_rope_store_ if self.stores else ops.norm_rope).default
+
+    def copy(self, dtype: torch.dtype | None = None) -> Operands:
+        """The same values in memory of their own, with the same strides, perhaps widened."""
+        record = (
+            with_dtype(self.record, str(dtype).removeprefix("torch.")) if dtype else self.record
+        )
+
+        def cloned(x: Tensor) -> Tensor:
+            other = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+            other.copy_(x)
+            return other.to(dtype) if dtype and x.is_floating_point() else other
+
+        tensors = {n: None if x is None else cloned(x) for n, x in self.tensors.items()}
+        return Operands(record, tensors, self.eps)
+
+    def exact(self) -> tuple[Operands, tuple[Tensor, ...]]:
+        """Caches and results of the float64 reference."""
+        wide = self.copy(torch.float64)
+        run = reference.norm_rope_store_ if self.stores else reference.norm_rope
+        return wide, run(*wide.arguments()[:-1], wide.record)
+
+
+def operands(
+    name: str,
+    batch: int = 2,
+    tokens: int = 3,
+    heads: int = 5,
+    kv_heads: int = 3,
+    slots: int = 9,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    seed: int = 0,
+) -> Operands:
+    """Random operands; q, k, v are views of one packed projection, caches hold 77 everywhere."""
+    record = with_dtype(SITES[name], str(dtype).removeprefix("torch."))
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int, of: torch.dtype = dtype) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, of)
+
+    d, v = record.q.channels, record.v
+    widths = (heads * d, kv_heads * d, kv_heads * (v.channels if v else d))
+    packed = draw(batch, tokens, sum(widths)).split(widths, -1)
+    rows = [
+        p.unflatten(-1, (n, -1)) for p, n in zip(packed, (heads, kv_heads, kv_heads), strict=True)
+    ]
+    per_head = name in PER_HEAD_WEIGHTS
+    angle = draw(1, tokens, d, of=torch.float32)
+    # The layout of a complex table seen as real: a stride of 2 between its columns.
+    table = torch.view_as_real(torch.polar(torch.ones_like(angle), angle))
+    rotates = record.q.rotation is not None
+    tensors: dict[str, Tensor | None] = {"q": rows[0], "k": rows[1] if record.k else None}
+    tensors |= {"v": rows[2] if v else None}
+    for x, s, n in (("q", record.q, heads), ("k", record.k, kv_heads)):
+        if s and s.norm and s.norm.has_weight:
+            tensors[f"{x}_weight"] = draw(*((n, d) if per_head else (d,)))
+        if s and s.has_scale:
+            tensors[f"{x}_scale"] = draw(batch, tokens, 1, of=torch.float32)
+    tensors |= {"cos": table[..., 0], "sin": table[..., 1]} if rotates else {}
+    if record.store:
+        order = torch.randperm(slots, generator=generator)[:tokens].to(device)
+        wraps = record.store.negative == "wrap"
+        tensors["slots"] = torch.where(order % 2 == 0, order - slots, order) if wraps else order
+        for x, width in (("k_cache", d), ("v_cache", v.channels if v else 0)):
+            first, second = (kv_heads, slots) if record.store.heads_first else (slots, kv_heads)
+            tensors[x] = torch.full((batch, first, second, width), 77.0, dtype=dtype, device=device)
+        tensors["v_cache"] = tensors["v_cache"] if v else None
+    return Operands(record, tensors)
+
+
+def untouched(case: Operands) -> bool:
+    """Whether cache rows that no slot names still hold their canaries."""
+    store, slots = case.record.store, case.tensors["slots"]
+    assert store is not None and slots is not None
+    for cache in (case.tensors["k_cache"], case.tensors["v_cache"]):
+        if cache is None:
+            continue
+        by_slot = cache.transpose(1, 2) if store.heads_first else cache
+        kept = torch.ones(by_slot.shape[1], dtype=torch.bool, device=cache.device)
+        kept[slots] = False
+        if not (by_slot[:, kept] == 77.0).all():
+            return False
+    return True

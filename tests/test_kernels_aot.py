@@ -1,0 +1,121 @@
+"""Every specialisation of the Triton kernel compiled for every target, without a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from tests.sites import SITES, Operands, operands
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from fxfuse.lowering import kernels, launch  # noqa: E402
+
+pytestmark = pytest.mark.aot
+
+TARGETS = [("cuda", arch, 32) for arch in (80, 90, 100)]
+TARGETS += [("hip", arch, 64) for arch in ("gfx942", "gfx950")] + [("hip", "gfx1100", 32)]
+POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64"}
+# For one CUDA and one HIP target every site; elsewhere those that take different paths of codegen.
+EVERYWHERE = ("qwen3", "gptj, partial")
+COMPILED = [
+    (name, target)
+    for name in SITES
+    for target in TARGETS
+    if name in EVERYWHERE or target[1] in (90, "gfx942")
+]
+
+
+def planned(case: Operands) -> launch.Launch:
+    q, k = case.tensors["q"], case.tensors["k"]
+    tensors = {**case.tensors, "q_out": q}
+    if case.record.k and case.record.k.keep:
+        tensors["k_out"] = k
+    facts = {
+        name: launch.Operand(x, tuple(x.shape), x.stride())
+        for name, x in tensors.items()
+        if x is not None
+    }
+    return launch.plan(case.record, facts, case.eps, q.shape[1])
+
+
+def source(plan: launch.Launch) -> ASTSource:
+    """As Inductor compiles it: strides of 1 are constants, multiples of 16 are told, eps is fp64."""
+    names = kernels.norm_rope_store.arg_names
+    signature, constants, attributes = {}, {}, {}
+    for i, name in enumerate(names):
+        value: Any = plan.constants.get(name, plan.arguments.get(name))
+        if name in plan.constants or (name.startswith("stride") and value == 1):
+            signature[name], constants[(i,)] = "constexpr", value
+            continue
+        tensor = isinstance(value, torch.Tensor)
+        signature[name] = POINTERS[value.dtype] if tensor else ("i32", "fp64")["eps" in name]
+        if tensor or (isinstance(value, int) and value % 16 == 0):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(
+        kernels.norm_rope_store, signature=signature, constexprs=constants, attrs=attributes
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "target"), COMPILED, ids=[f"{name}-{target[1]}" for name, target in COMPILED]
+)
+def test_kernel_compiles(name, target):
+    case = operands(name, heads=16, kv_heads=8, tokens=16, slots=32, dtype=torch.bfloat16)
+    plan = planned(case)
+    options = {"num_warps": plan.warps, "num_stages": 1, "enable_fp_fusion": True}
+    compiled = triton.compile(source(plan), target=GPUTarget(*target), options=options)
+    assert compiled.asm["ptx" if target[0] == "cuda" else "amdgcn"]
+
+
+def test_neighbours_and_halves_load_and_store_wide():
+    for name in ("qwen3", "flux"):
+        case = operands(name, heads=16, kv_heads=8, tokens=128, slots=128, dtype=torch.bfloat16)
+        plan = planned(case)
+        options = {"num_warps": plan.warps, "num_stages": 1, "enable_fp_fusion": True}
+        target = GPUTarget("cuda", 90, 32)
+        ptx = triton.compile(source(plan), target=target, options=options).asm["ptx"]
+        assert "ld.global.v4.b32" in ptx and "st.global.v4.b32" in ptx
+        assert "st.global.b16" not in ptx
+
+
+def written_arguments(arguments: dict[str, Any]) -> set[str]:
+    """The arguments that Inductor's own analysis takes for written."""
+    from torch._higher_order_ops import triton_kernel_wrap
+
+    # 2.13 gives reads and writes, 2.11 the writes alone.
+    if hasattr(triton_kernel_wrap, "identify_accessed_tensors"):
+        found = triton_kernel_wrap.identify_accessed_tensors(kernels.norm_rope_store, arguments, {})
+        return {access.name for access in found.read_writes.writes}
+    return set(triton_kernel_wrap.identify_mutated_tensors(kernels.norm_rope_store, arguments, {}))
+
+
+@pytest.mark.parametrize("name", SITES)
+def test_inductor_sees_only_results_and_caches_as_written(name):
+    """Were another tensor taken for written, CUDA graphs would be lost without a word."""
+    case = operands(name, heads=16, kv_heads=8, tokens=16, slots=32, dtype=torch.bfloat16)
+    plan = planned(case)
+    # The pointers of absent operands are q again; a name is what counts here.
+    written = {"q_out_ptr"}
+    if case.record.k and case.record.k.keep:
+        written |= {"k_out_ptr"}
+    if case.stores:
+        written |= {f"{x}_ptr" for x in ("k_cache", "v_cache") if case.tensors[x] is not None}
+    driver = mock.Mock()
+    driver.get_current_target.return_value = GPUTarget("cuda", 90, 32)
+    with (
+        torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode,
+        mock.patch.object(triton.runtime.driver, "_active", driver),
+    ):
+        arguments = {
+            n: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x
+            for n, x in plan.arguments.items()
+        }
+        found = written_arguments({**arguments, **plan.constants})
+    assert {n for n in found if n.endswith("_ptr")} == written

@@ -1,0 +1,87 @@
+"""The Triton kernel on the CPU, through Triton's interpreter, against the float64 reference.
+
+The interpreter is chosen when triton is imported, so the checks run in a process of their own: this
+file, run as a program.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.sites import SITES, Operands, operands, untouched
+
+pytestmark = pytest.mark.aot
+
+
+def launched(case: Operands) -> tuple[torch.Tensor, torch.Tensor]:
+    from fxfuse import ops
+    from fxfuse.lowering import kernels, launch
+
+    q, k = case.tensors["q"], case.tensors["k"]
+    assert q is not None
+    results = ops.empty_results(q, k, case.record)
+    for result in results:
+        result.fill_(float("nan"))
+    tensors = {**case.tensors, "q_out": results[0]}
+    if results[1].dim() == 4:
+        tensors["k_out"] = results[1]
+    facts = {
+        name: launch.Operand(x, tuple(x.shape), x.stride())
+        for name, x in tensors.items()
+        if x is not None
+    }
+    plan = launch.plan(case.record, facts, case.eps, q.shape[1])
+    kernels.norm_rope_store[plan.grid](**plan.arguments, **plan.constants)
+    return results
+
+
+def check(case: Operands) -> None:
+    wide, wanted = case.exact()
+    got = launched(case)
+    # float32 inside; the longest sum is over 128 products of unit size.
+    close = {"rtol": 1e-5, "atol": 1e-5, "check_dtype": False}
+    if case.tensors["q"].dtype == torch.bfloat16:
+        # The interpreter cuts a float32 down to bfloat16 where hardware rounds it.
+        close = {"rtol": 2**-7, "atol": 1e-5, "check_dtype": False}
+    torch.testing.assert_close(got[0], wanted[0], **close)
+    if got[1].dim() == 4:
+        torch.testing.assert_close(got[1], wanted[1], **close)
+    if case.stores:
+        assert untouched(case)
+        for cache in ("k_cache", "v_cache"):
+            if case.tensors[cache] is not None:
+                torch.testing.assert_close(case.tensors[cache], wide.tensors[cache], **close)
+
+
+def main() -> None:
+    for name in SITES:
+        check(operands(name))
+        print(name, "ok", flush=True)
+    check(operands("qwen3", batch=1, tokens=1, heads=16, kv_heads=8, dtype=torch.bfloat16))
+    check(operands("llama", heads=1, kv_heads=4))
+    # A slot outside the cache is never written.
+    case = operands("qwen3", tokens=2, slots=4)
+    case.tensors["slots"] = torch.tensor([4, -1])
+    launched(case)
+    assert all((case.tensors[c] == 77.0).all() for c in ("k_cache", "v_cache"))
+    print("done")
+
+
+def test_every_site_in_the_interpreter():
+    pytest.importorskip("triton")
+    root = Path(__file__).parents[1]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}
+    done = subprocess.run(
+        [sys.executable, __file__], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0 and done.stdout.endswith("done\n"), done.stdout + done.stderr
+
+
+if __name__ == "__main__":
+    main()
