@@ -22,7 +22,7 @@ pytestmark = pytest.mark.aot
 TARGETS = [("cuda", arch, 32) for arch in (80, 90, 100)]
 TARGETS += [("hip", arch, 64) for arch in ("gfx942", "gfx950")] + [("hip", "gfx1100", 32)]
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64"}
-# For one CUDA and one HIP target every site; elsewhere those that take different paths of codegen.
+# One CUDA and one HIP target take every site, the others two of them.
 EVERYWHERE = ("qwen3", "gptj, partial")
 COMPILED = [
     (name, target)
