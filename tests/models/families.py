@@ -4,7 +4,8 @@ In: nothing. Out: `FAMILIES`, by name. Sizes differ between the families on purp
 dim or rotary width is right by accident. Every layer kind that a config knows occurs at least once.
 
 To add a family: one entry here. `rotary` is the number of attention layers that rotate q and k; `stored` is how
-many of their sites include the KV-cache store when a static cache is passed.
+many of their sites include the KV-cache store when a static cache is passed. `knows_float64` is false where torch's
+grouped matrix product (the experts) refuses float64.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class Family:
     stored: int
     sizes: dict[str, Any] = field(default_factory=dict)
     through_inductor: bool = False
+    knows_float64: bool = True
 
     def __str__(self) -> str:
         return self.name
@@ -175,6 +177,7 @@ TABLE = [
             "num_attention_heads": 8,
             "head_dim": 16,
         },
+        knows_float64=False,
     ),
     Family(
         "llama4",
@@ -215,6 +218,7 @@ TABLE = [
             "first_k_dense_replace": 1,
             "moe_intermediate_size": 64,
         },
+        knows_float64=False,
     ),
     Family(
         "hunyuan",

@@ -7,8 +7,6 @@ everything else through Inductor is in `make test-long`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -18,6 +16,7 @@ import transformers
 from torch import Tensor
 
 import fxfuse
+from tests.models.counting import GraphCounts
 from tests.models.families import FAMILIES, Family
 from tests.models.tiny import (
     PROMPT,
@@ -38,35 +37,6 @@ def families(*, quick_through_inductor: bool) -> Any:
         quick = quick_through_inductor and family.through_inductor
         marks = [] if quick else [pytest.mark.long]
         yield pytest.param(family, "inductor", id=f"{name}-inductor", marks=marks)
-
-
-@pytest.fixture(autouse=True)
-def fresh_dynamo() -> Iterator[None]:
-    torch._dynamo.reset()
-    with torch.no_grad():
-        yield
-    torch._dynamo.reset()
-
-
-class GraphCounts:
-    """The number of graphs that reach a backend, beside what fxfuse counts."""
-
-    def __init__(self, compiler: str) -> None:
-        self.graphs = 0
-        self._backend = fxfuse.Backend(compiler=compiler)
-
-    def __call__(self, gm: Any, inputs: Any, **kwargs: Any) -> Any:
-        self.graphs += 1
-        return self._backend(gm, inputs, **kwargs)
-
-    @contextmanager
-    def expect(self, rotary: int, stored: int) -> Iterator[None]:
-        """Each graph compiled inside fuses exactly `rotary` attention layers, `stored` with their store."""
-        graphs, before = self.graphs, dict(fxfuse.counts())
-        yield
-        graphs, after = self.graphs - graphs, fxfuse.counts()
-        got = {key: after.get(key, 0) - before.get(key, 0) for key in ("attention", "store")}
-        assert got == {"attention": graphs * rotary, "store": graphs * stored}
 
 
 @cache

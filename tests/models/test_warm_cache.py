@@ -1,0 +1,57 @@
+"""A second process finds Inductor's cache warm: the same report, though nothing is generated again."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+
+COMPILE = """
+import json
+import torch
+from torch._dynamo.utils import counters
+import fxfuse
+from tests.models.tiny import model_of, token_ids
+
+torch.set_num_threads(1)
+with torch.no_grad():
+    model = torch.compile(model_of("llama"), backend=fxfuse.backend)
+    logits = model(token_ids(7), use_cache=False).logits
+report = fxfuse.last_report().to_json()
+print(json.dumps({
+    "report": json.loads(report) if isinstance(report, str) else report,
+    "logits": logits.double().sum().item(),
+    "hits": counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"],
+}))
+"""
+
+
+def compile_in_a_process(cache: Path) -> Any:
+    env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], env=env, cwd=cache, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def without_times(report: Any) -> Any:
+    """The report less its measured milliseconds."""
+    if isinstance(report, dict):
+        return {k: without_times(v) for k, v in report.items() if not k.endswith(("_ms", "_s"))}
+    if isinstance(report, list):
+        return [without_times(entry) for entry in report]
+    return report
+
+
+def test_a_warm_cache_gives_the_same_report(tmp_path: Path) -> None:
+    cold, warm = compile_in_a_process(tmp_path), compile_in_a_process(tmp_path)
+    assert cold["hits"] == 0 and warm["hits"] > 0
+    assert len(cold["report"]["fused"]) == 2
+    assert without_times(warm["report"]) == without_times(cold["report"])
+    assert warm["logits"] == cold["logits"]
