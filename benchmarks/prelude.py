@@ -219,9 +219,8 @@ def main() -> None:
         raise SystemExit("benchmarks/prelude.py needs a CUDA or ROCm GPU")
     providers.register()
     copy_speed = copy_bytes_per_us()
-    print(
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {copy_speed / 1e6:.2f} TB/s"
-    )
+    device = torch.cuda.get_device_name()
+    print(f"{device}, torch {torch.__version__}, copy {copy_speed / 1e6:.2f} TB/s")
     lines = []
     with torch.no_grad():
         for model in MODELS:
@@ -229,8 +228,8 @@ def main() -> None:
                 lines.append(row(model, tokens, copy_speed))
                 print("  ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}"
                                 for k, v in lines[-1].items()), flush=True)  # fmt: skip
-    device = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
-    result = {**device, "copy_bytes_per_us": copy_speed, "rows": lines}
+    result = {"device": device, "torch": torch.__version__, "rows": lines}
+    result["copy_bytes_per_us"] = copy_speed
     result["providers"] = sorted({choice.provider for choice in providers.chosen})
     args.json.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -46,7 +46,7 @@ def planned(case: Operands) -> launch.Launch:
 
 
 def source(plan: launch.Launch) -> ASTSource:
-    """As Inductor compiles it: strides of 1 are constants, multiples of 16 are told, eps is fp64."""
+    """As Inductor compiles it: strides of 1 constant, multiples of 16 told, eps fp64."""
     names = kernels.norm_rope_store.arg_names
     signature, constants, attributes = {}, {}, {}
     for i, name in enumerate(names):

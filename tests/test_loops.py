@@ -90,7 +90,7 @@ def test_the_store_is_in_place_and_rows_are_written_once():
 
 def test_one_compile_for_every_number_of_tokens():
     counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
-    compiled = None
+    compiled, first = None, 0
     # Sizes that meet no other: equal ones would be taken for one.
     for tokens in (4, 6, 8):
         case = operands("qwen3", tokens=tokens)
@@ -99,7 +99,9 @@ def test_one_compile_for_every_number_of_tokens():
         if compiled is None:
             compiled = torch.compile(run, backend=counter, dynamic=True)
         agree(case, compiled(args), before)
-    assert counter.frame_count == 1
+        # The first call compiles twice: Dynamo starts anew when it meets a float argument.
+        first = counter.frame_count if tokens == 4 else first
+    assert counter.frame_count == first
 
 
 def test_gradients_flow_through_the_compiled_op():
