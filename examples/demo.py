@@ -2,7 +2,8 @@
 
     python examples/demo.py [--layers N] [--tokens N]
 
-On a CUDA device all 28 layers of Qwen3-0.6B run in bfloat16; on a CPU two layers in float32, in about two minutes.
+On a CUDA device all 28 layers of Qwen3-0.6B run in bfloat16; on a CPU two layers in float32, in
+about two minutes.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def greedy_error(run: Run, eager: Run, tokens: torch.Tensor) -> float:
 
 
 def alternate(runs: list[Run], token: torch.Tensor, repeats: int) -> dict[str, float]:
-    """Median milliseconds of a decode step; the runs take turns, so that a busy machine slows all of them."""
+    """Median milliseconds of a decode step; by turns, so that a busy machine slows all alike."""
     times: dict[str, list[float]] = {run.name: [] for run in runs}
     synchronise: Callable[[], Any] = torch.cuda.synchronize if token.is_cuda else lambda: None
     for _ in range(repeats):

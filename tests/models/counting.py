@@ -22,7 +22,7 @@ class GraphCounts:
 
     @contextmanager
     def expect(self, rotary: int, stored: int) -> Iterator[None]:
-        """Each graph compiled inside fuses exactly `rotary` attention layers, `stored` with their store."""
+        """Each graph compiled inside fuses `rotary` attention layers, `stored` with a store."""
         graphs, before = self.graphs, dict(fxfuse.counts())
         yield
         graphs, after = self.graphs - graphs, fxfuse.counts()

@@ -1,11 +1,12 @@
-"""One entry for each model family: a tiny real transformers config, and how many of its layers must fuse.
+"""One entry for each model family: a tiny transformers config, and how many layers must fuse.
 
-In: nothing. Out: `FAMILIES`, by name. Sizes differ between the families on purpose, so that no head count, head
-dim or rotary width is right by accident. Every layer kind that a config knows occurs at least once.
+In: nothing. Out: `FAMILIES`, by name. Sizes differ between the families on purpose, so that no
+head count, head dim or rotary width is right by accident. Every layer kind that a config knows
+occurs at least once.
 
-To add a family: one entry here. `rotary` is the number of attention layers that rotate q and k; `stored` is how
-many of their sites include the KV-cache store when a static cache is passed. `knows_float64` is false where torch's
-grouped matrix product (the experts) refuses float64.
+To add a family: one entry here. `rotary` is the number of attention layers that rotate q and k;
+`stored` is how many of their sites include the KV-cache store when a static cache is passed.
+`knows_float64` is false where torch's grouped matrix product (the experts) refuses float64.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ SMALL: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Family:
-    """A model family: `model` and `config` name classes of transformers, `sizes` goes over SMALL."""
+    """A model family: `model`, `config` name classes of transformers, `sizes` goes over SMALL."""
 
     name: str
     spelling: str

@@ -1,7 +1,7 @@
 """bfloat16 models: fxfuse may not be further from the truth than eager and stock Inductor are.
 
-The truth is the same weights in float64, or float32 where an op knows no float64. A fused chain rounds less often than eager, so "equal to eager" would be
-the wrong test.
+The truth is the same weights in float64, or float32 where an op knows no float64. A fused chain
+rounds less often than eager, so "equal to eager" would be the wrong test.
 """
 
 from __future__ import annotations
@@ -42,5 +42,6 @@ def test_no_less_exact_than_the_better_known_two(name: str) -> None:
     before = fxfuse.counts().get("attention", 0)
     fused = rms_error(torch.compile(model, backend=fxfuse.Backend()))
     assert fxfuse.counts()["attention"] - before == family.rotary
-    # 5 %: rounding errors of two orders of the same sums differ by about that much over eight inputs.
+    # 5 %: rounding errors of two orders of the same sums differ by about that much over eight
+    # inputs.
     assert 0 < fused <= 1.05 * max(eager, stock), f"{fused=:.3e} {eager=:.3e} {stock=:.3e}"

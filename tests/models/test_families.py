@@ -1,8 +1,8 @@
 """Every family, eager against compiled, with the exact number of sites that must be fused.
 
-The pass and its ops are the same whatever compiles the graph afterwards, so all families run through
-`compiler="aot_eager"`, and five with a static cache through Inductor, whose C++ takes half a minute a graph;
-everything else through Inductor is in `make test-long`.
+The pass and its ops are the same whatever compiles the graph afterwards, so all families run
+through `compiler="aot_eager"`, and five with a static cache through Inductor, whose C++ takes
+half a minute a graph; everything else through Inductor is in `make test-long`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ STEPS = 3
 
 
 def families(*, quick_through_inductor: bool) -> Any:
-    """Each family under both compilers; Inductor is marked long, but for five families where it may be quick."""
+    """Each family under both compilers; Inductor is long, but for five where it may be quick."""
     for name, family in FAMILIES.items():
         yield pytest.param(family, "aot_eager", id=f"{name}-aot_eager")
         quick = quick_through_inductor and family.through_inductor
@@ -76,7 +76,8 @@ def test_static_cache_prefill_and_decode(family: Family, compiler: str) -> None:
         graphs = backend.graphs
         with backend.expect(family.rotary, family.stored):
             logits = model(ids, past_key_values=kv, use_cache=True).logits
-        # One graph for the prompt, one for every token after it, though a sliding layer's length is a Python int.
+        # One graph for the prompt, one for every token after it, though a sliding layer's length
+        # is a Python int.
         assert backend.graphs - graphs == (1 if call < 2 else 0)
         assert_close(logits, want, f"logits of call {call}")
     assert_same_cache(kv, want_kv, "after decoding")

@@ -1,4 +1,4 @@
-"""The ways a user compiles a whole model: `generate()`, and one compile for every length and batch."""
+"""How users compile whole models: `generate()`, and one compile for every length and batch."""
 
 from __future__ import annotations
 

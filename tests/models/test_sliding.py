@@ -1,7 +1,7 @@
 """A static sliding-window cache while it grows, as it fills, and when it is full.
 
-Each phase is another store: `index_copy_` while tokens fit, a copy of the last slots when a prompt is longer than the
-window, and roll, `index_put_`, `copy_` for every token after that.
+Each phase is another store: `index_copy_` while tokens fit, a copy of the last slots when a
+prompt is longer than the window, and roll, `index_put_`, `copy_` for every token after that.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ def test_every_phase_is_right(name: str, calls: list[torch.Tensor]) -> None:
     for call, (got, want) in enumerate(pairs):
         assert_close(got, want, f"logits of call {call}")
     assert_same_cache(got_kv, want_kv, "at the end")
-    # Every graph rotates in both layers; there are at least two: the first prompt and the first token.
+    # Every graph rotates in both layers; there are at least two: the first prompt and the first
+    # token.
     fused = fxfuse.counts()["attention"] - before
     assert fused >= 2 * FAMILIES[name].rotary and fused % FAMILIES[name].rotary == 0
 

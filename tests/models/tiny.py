@@ -24,9 +24,9 @@ CANARY = 3.0
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
     """Weights that let errors show, in place.
 
-    Linear layers get outputs of unit variance and norm weights are scattered around their own centre (1, or 0 where
-    the model adds 1). The default initialisation (standard deviation 0.02) makes attention nearly uniform, and a
-    wrong rotation invisible.
+    Linear layers get outputs of unit variance and norm weights are scattered around their own
+    centre (1, or 0 where the model adds 1). The default initialisation (standard deviation 0.02)
+    makes attention nearly uniform, and a wrong rotation invisible.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
@@ -107,7 +107,7 @@ def assert_close(got: Tensor, want: Tensor, what: str, tolerance: float = 1e-4) 
 
 
 def assert_same_cache(got: Any, want: Any, what: str) -> None:
-    """Both caches hold the same: lengths exactly, keys and values up to rounding, canaries included."""
+    """Equal lengths; keys and values equal up to rounding, canaries included."""
     got_tensors, want_tensors = cache_tensors(got), cache_tensors(want)
     assert got_tensors.keys() == want_tensors.keys()
     for name, tensor in want_tensors.items():
