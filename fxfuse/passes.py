@@ -33,10 +33,11 @@ def fuse_graph(gm: fx.GraphModule, settings: Settings) -> tuple[fx.GraphModule, 
     except FxfuseError:
         raise
     except Exception as error:
-        _warn_once(f"the graph goes to the compiler as it came: {type(error).__name__}: {error}")
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        _warn_once(f"the graph goes to the compiler as it came: {reason}")
         log.debug("fxfuse failed", exc_info=True)
         report.fused.clear()
-        report.notes.append(f"not fused, an error of fxfuse: {type(error).__name__}: {error}")
+        report.notes.append(f"not fused, an error of fxfuse: {reason}")
         return gm, report
     log.debug("%s", report)
     if settings.strict and (refused := [r for r in report.refused if r.stage != "store"]):

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils._pytree import tree_flatten
 
 from fxfuse.lens import Call, Scalar, Slot, View
 from fxfuse.patterns.plan import Plan
@@ -34,8 +35,9 @@ class _Editor:
         for node, result in view.results.items():
             if isinstance(result, Slot):
                 self.holder.setdefault(result, node)
-        self.readable = {nodes[c.node] for c in view.calls}
-        self.readable -= {nodes[c.node] for c in view.calls if c.writes or c.op is None}
+        calls = {n for n in view.results if n.op in ("call_function", "call_method")}
+        writing = {c.node for c in view.calls if c.writes or c.op is None}
+        self.pure = {nodes[n] for n in calls - writing if _is_tensor(view.results[n])}
         self.fake_mode = fake_mode_of(gm)
         self.dead: list[fx.Node] = []
 
@@ -52,6 +54,8 @@ class _Editor:
                 self._substitute(decoded.slot, shaped)
             if not results[1].users:
                 graph.erase_node(results[1])
+        for node in site.sunk:
+            self.nodes[site.before].prepend(self.nodes[node])
         for store in site.stores():
             self._remove_store(store.call)
 
@@ -114,10 +118,11 @@ class _Editor:
         return result
 
     def _substitute(self, slot: Slot, new: fx.Node) -> None:
-        for node, result in self.view.results.items():
-            if result is slot:
-                self.nodes[node].replace_all_uses_with(new)
-                self.dead.append(self.nodes[node])
+        """Every user of the slot reads the new node; the nodes that only handed it on are dead."""
+        same = {self.nodes[n] for n, result in self.view.results.items() if result is slot}
+        for node in same:
+            node.replace_all_uses_with(new, delete_user_cb=lambda user: user not in same)
+        self.dead += same
 
     def _remove_store(self, call: Call) -> None:
         """The write's node returns its cache; later readers read the cache itself."""
@@ -148,7 +153,11 @@ class _Editor:
         waiting = list(self.dead)
         while waiting:
             node = waiting.pop()
-            if node.users or node not in self.readable or node._erased:
+            if node.users or node not in self.pure or node._erased:
                 continue
             waiting += node.all_input_nodes
             self.gm.graph.erase_node(node)
+
+
+def _is_tensor(result: Any) -> bool:
+    return any(isinstance(x, Slot) for x in tree_flatten(result)[0])

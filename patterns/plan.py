@@ -67,6 +67,11 @@ class _Planner:
         self.streams: list[Decoded] = []
         self.refused: dict[Slot, tuple[str, str]] = {}
         self.plan = Plan([], [])
+        views: dict[fx.Node, bool] = {}
+        for call in reading.view.calls:
+            is_view = reading.relations.get(call) == "view"
+            views[call.node] = views.get(call.node, True) and is_view
+        self.view_nodes = {node for node, is_view in views.items() if is_view}
 
     def run(self) -> Plan:
         for call in reversed(self.reading.view.calls):
@@ -213,7 +218,7 @@ class _Planner:
         q = self._kept(q, None)
         k = self._kept(k, k_store) if k is not None else None
         results = [s for s in (q, k) if s is not None and s.stream.keep]
-        before = self._position(results, stores)
+        before, sunk = self._position(results, stores)
         self.memory.check(streams, stores, before, self.uses.holder)
         if k_store is not None and k is not None and k_store.cache.dtype != k.slot.dtype:
             raise Refused("a cache of another dtype")
@@ -223,7 +228,7 @@ class _Planner:
             v.stream if v else None,
             k_store.record if k_store else None,
         )
-        return Site(record, q, k, v, k_store, v_store, before)
+        return Site(record, q, k, v, k_store, v_store, before, sunk)
 
     def _kept(self, decoded: Decoded, store: StoreWrite | None) -> Decoded:
         """keep=False where the cache alone receives the result."""
@@ -231,44 +236,47 @@ class _Planner:
         return dataclasses.replace(decoded, stream=dataclasses.replace(decoded.stream, keep=keep))
 
     def _is_read_beside(self, slot: Slot, store: StoreWrite) -> bool:
+        consumers, _ = self._consumers(slot)
+        return any(node is not store.call.node for node in consumers)
+
+    def _consumers(self, slot: Slot) -> tuple[list[fx.Node], list[fx.Node]]:
+        """The nodes outside the site that read a slot, and the pure views through which they do."""
+        consumers, views = [], []
         if slot in self.uses.returned:
-            return True
+            consumers.append(self.uses.output)
         for call in self.uses.consumers.get(slot, []):
-            if call is store.call or call in self.absorbed:
+            if call in self.absorbed:
                 continue
-            is_view = self.reading.relations.get(call) == "view"
-            if not is_view or any(self._is_read_beside(s, store) for s in call.outs):
-                return True
-        return False
+            if call.node not in self.view_nodes:
+                consumers.append(call.node)
+                continue
+            views.append(call.node)
+            for out in call.outs:
+                more, through = self._consumers(out)
+                consumers += more
+                views += through
+        return consumers, views
 
-    def _position(self, results: Iterable[Decoded], stores: list[StoreWrite]) -> fx.Node:
-        """The node the op is inserted before: the site's last store, else the first consumer of its results."""
+    def _position(
+        self, results: Iterable[Decoded], stores: list[StoreWrite]
+    ) -> tuple[fx.Node, tuple[fx.Node, ...]]:
+        """The node the op is inserted before: the site's last store, else the first consumer of its results; and the
+        views of its results that must move behind it."""
         index = self.memory.index
-        consumers = [
-            c.node
-            for d in results
-            for c in self.uses.consumers.get(d.slot, [])
-            if c not in self.absorbed
-        ]
-        consumers += [self.uses.output for d in results if d.slot in self.uses.returned]
-        first = min(consumers, key=index.__getitem__)
-        if not stores:
-            return first
-        last = max((s.call.node for s in stores), key=index.__getitem__)
-        if any(index[c] < index[last] and c not in self._store_path(stores) for c in consumers):
+        own = {s.call.node for s in stores}
+        consumers, views = [], []
+        for decoded in results:
+            more, through = self._consumers(decoded.slot)
+            consumers += [c for c in more if c not in own]
+            views += through
+        if stores:
+            before = max(own, key=index.__getitem__)
+        else:
+            before = min([*consumers, *views], key=index.__getitem__)
+        if any(index[c] < index[before] for c in consumers):
             raise Refused("a result that is read before it is stored")
-        return last
-
-    def _store_path(self, stores: list[StoreWrite]) -> set[fx.Node]:
-        """The views between a result and its store."""
-        nodes = set()
-        for store in stores:
-            nodes.add(store.call.node)
-            slot = store.value
-            while slot.call is not None and self.reading.relations.get(slot.call) == "view":
-                nodes.add(slot.call.node)
-                slot = slot.call.inputs()[0]
-        return nodes
+        early = {v for v in views if index[v] < index[before]}
+        return before, tuple(sorted(early, key=index.__getitem__))
 
     # --- refusals ---------------------------------------------------------------------------------------------
 

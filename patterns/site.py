@@ -75,7 +75,8 @@ class StoreWrite:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Site:
-    """One fused op: its record, its streams (q first), its stores, and the node it is inserted before."""
+    """One fused op: its record, its streams (q first), its stores, the node it is inserted before, and views of its
+    results that the model takes before that node and that move behind the op."""
 
     record: Record
     q: Decoded
@@ -84,6 +85,7 @@ class Site:
     k_store: StoreWrite | None
     v_store: StoreWrite | None
     before: fx.Node
+    sunk: tuple[fx.Node, ...] = ()
 
     def streams(self) -> list[Decoded]:
         return [s for s in (self.q, self.k, self.v) if s is not None]

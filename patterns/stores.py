@@ -56,7 +56,7 @@ def _write(
     negative: Literal["invalid", "wrap"],
 ) -> StoreWrite | None:
     is_index = slots.dtype in (torch.int64, torch.int32) and len(slots.shape) == 1
-    if len(cache.shape) != 4 or dim not in (1, 2) or not is_index or cache.call is not None:
+    if len(cache.shape) != 4 or dim not in (1, 2) or not is_index:
         return None
     rows = value.shape
     if len(rows) != 4 or rows[dim] != slots.shape[0] or cache.dtype != value.dtype:
@@ -67,14 +67,12 @@ def _write(
 
 
 def find_stores(reading: Reading) -> list[StoreWrite]:
-    """The cache writes of a graph whose cache is an input of it, in order."""
+    """The cache writes of a graph, in order: into a whole input, or into memory the graph made itself."""
+    given = {slot.storage for slot in reading.values if slot.call is None}
     found = [LAYOUTS[c.op](c) for c in reading.view.calls if c.op in LAYOUTS]
-    return [s for s in found if s is not None and not _is_result_used_oddly(s)]
-
-
-def _is_result_used_oddly(store: StoreWrite) -> bool:
-    """Whether the call writes to more than its cache."""
-    return {s.storage for s in store.call.writes} != {store.cache.storage}
+    return [
+        s for s in found if s and (s.cache.call is None or s.cache.storage not in given)
+    ]
 
 
 def stored_copy(reading: Reading, store: StoreWrite) -> Decoded | None:
