@@ -92,7 +92,17 @@ def _arguments(
 ) -> dict[str, Any]:
     q, q_out = _needed(operands, "q"), _needed(operands, "q_out")
     # The kernel never touches an absent operand; a pointer has to stand there all the same.
-    names = ("q", "k", "v", "k_cache", "v_cache", "slots", "q_weight", "k_weight", "q_scale")
+    names: tuple[str, ...] = (
+        "q",
+        "k",
+        "v",
+        "k_cache",
+        "v_cache",
+        "slots",
+        "q_weight",
+        "k_weight",
+        "q_scale",
+    )
     names += ("k_scale", "cos", "sin")
     found = {name: operands.get(name) for name in names}
     arguments = {f"{name}_ptr": (found[name] or q).value for name in names}
