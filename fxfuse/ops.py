@@ -27,7 +27,7 @@ NORM_ROPE_STORE_ = (
 )
 
 # Kept for the life of the process: a Library that is collected takes its ops with it.
-library = torch.library.Library("fxfuse", "FRAGMENT")
+library: Any = torch.library.Library("fxfuse", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
 def norm_rope(
@@ -152,7 +152,7 @@ def _norm_rope(q: Tensor, k: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]
     record = read_record(rest[-1])
     _check_row("q", q, record.q)
     _check_row("k", k, record.k)
-    return _filled(q, k, reference.norm_rope(q, k, *rest[:-1], record), record)
+    return _filled(q, k, reference.norm_rope(*(q, k, *rest[:-1], record)), record)
 
 
 def _norm_rope_store_(
@@ -162,7 +162,7 @@ def _norm_rope_store_(
     _check_row("q", q, record.q)
     _check_row("k", k, record.k)
     _check_row("v", v, record.v)
-    return _filled(q, k, reference.norm_rope_store_(q, k, v, *rest[:-1], record), record)
+    return _filled(q, k, reference.norm_rope_store_(*(q, k, v, *rest[:-1], record)), record)
 
 
 def _filled(

@@ -53,7 +53,8 @@ def sizes(exprs: Sequence[Any]) -> tuple[Size, ...]:
 
 def hint(size: Size) -> int:
     """A guess of a size for choosing between kernels; it adds no guard."""
-    sizevars = V.graph.sizevars
+    # 2.11 has size_hint, which later versions dropped.
+    sizevars: Any = V.graph.sizevars
     if hasattr(sizevars, "optimization_hint"):
         return int(sizevars.optimization_hint(size, fallback=1))
     return int(sizevars.size_hint(size, fallback=1))

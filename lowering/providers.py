@@ -112,7 +112,7 @@ def _loops(name: str, args: tuple[Any, ...], record: Record) -> tuple[Box, Box]:
 
 def choose(device_type: str, facts: Facts) -> Choice:
     """The provider that takes a call on a device type ("cuda" is ROCm too)."""
-    declined = []
+    declined: list[tuple[str, str]] = []
     for candidate in PROVIDERS:
         if candidate.devices is not None and device_type not in candidate.devices:
             reason: str | None = f"not for {device_type}"
