@@ -16,6 +16,7 @@ import fxfuse
 from tests.models.families import FAMILIES
 from tests.models.tiny import PROMPT, build, token_ids
 
+pytestmark = pytest.mark.cpu
 INPUTS = [token_ids(PROMPT, seed=100 + number) for number in range(8)]
 
 

@@ -33,9 +33,9 @@ STEPS = 3
 def families(*, quick_through_inductor: bool) -> Any:
     """Each family under both compilers; Inductor is long, but for five where it may be quick."""
     for name, family in FAMILIES.items():
-        yield pytest.param(family, "aot_eager", id=f"{name}-aot_eager")
+        yield pytest.param(family, "aot_eager", id=f"{name}-aot_eager", marks=pytest.mark.null)
         quick = quick_through_inductor and family.through_inductor
-        marks = [] if quick else [pytest.mark.long]
+        marks = [pytest.mark.cpu] if quick else [pytest.mark.cpu, pytest.mark.long]
         yield pytest.param(family, "inductor", id=f"{name}-inductor", marks=marks)
 
 
@@ -83,6 +83,7 @@ def test_static_cache_prefill_and_decode(family: Family, compiler: str) -> None:
     assert_same_cache(kv, want_kv, "after decoding")
 
 
+@pytest.mark.null
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt_neox"])
 def test_dynamic_cache_is_fused_up_to_the_store(name: str) -> None:
     eager, backend = model_of(name), GraphCounts("aot_eager")
@@ -97,6 +98,7 @@ def test_dynamic_cache_is_fused_up_to_the_store(name: str) -> None:
     assert_same_cache(caches[1], caches[0], "after decoding")
 
 
+@pytest.mark.null
 @pytest.mark.parametrize("name", ["qwen3", "gemma3", "glm4"])
 def test_left_padding(name: str) -> None:
     """The first row has three tokens of padding: other positions in every row, and a mask."""
@@ -119,6 +121,7 @@ def test_left_padding(name: str) -> None:
     assert_same_cache(caches[1], caches[0], "after the prompt")
 
 
+@pytest.mark.null
 @pytest.mark.parametrize("name", ["olmo2", "gptj", "llama4"])
 def test_positions_given_by_the_user(name: str) -> None:
     """Positions that are neither in order nor the same in both rows."""
@@ -132,6 +135,7 @@ def test_positions_given_by_the_user(name: str) -> None:
     assert_close(got, want, "logits")
 
 
+@pytest.mark.null
 def test_a_cache_allocated_inside_the_graph() -> None:
     """The first call of a StaticCache allocates its memory; compiled, that happens in the graph."""
     eager = model_of("qwen3")

@@ -31,17 +31,20 @@ def generate_compiled(backend: Any) -> None:
     assert torch.equal(got, want)
 
 
+@pytest.mark.null
 def test_generate_with_a_configured_backend() -> None:
     """transformers copies the backend deeply and hands it a mode."""
     generate_compiled(fxfuse.Backend(compiler="aot_eager"))
 
 
+@pytest.mark.cpu
 def test_generate_with_the_name_of_the_backend() -> None:
     if not entry_points(group="torch_dynamo_backends", name="fxfuse"):
         pytest.skip("the name is known to torch only where fxfuse is installed")
     generate_compiled("fxfuse")
 
 
+@pytest.mark.null
 @pytest.mark.parametrize("name", ["llama", "qwen3", "glm4"])
 def test_one_compile_for_every_length(name: str) -> None:
     model, backend = model_of(name), GraphCounts("aot_eager")
@@ -56,6 +59,7 @@ def test_one_compile_for_every_length(name: str) -> None:
     assert fxfuse.counts()["attention"] - before == FAMILIES[name].rotary
 
 
+@pytest.mark.null
 def test_one_compile_for_every_batch_and_length() -> None:
     model, backend = model_of("qwen3"), GraphCounts("aot_eager")
     compiled = torch.compile(model, backend=backend)

@@ -22,6 +22,7 @@ from tests.models.tiny import (
     token_ids,
 )
 
+pytestmark = pytest.mark.null
 WINDOW = 8
 
 

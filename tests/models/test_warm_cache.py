@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 COMPILE = """
@@ -42,6 +44,7 @@ def compile_in_a_process(cache: Path) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.cpu
 def test_a_warm_cache_gives_the_same_report(tmp_path: Path) -> None:
     cold, warm = compile_in_a_process(tmp_path), compile_in_a_process(tmp_path)
     assert cold["hits"] == 0 and warm["hits"] > 0
