@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -193,11 +194,8 @@ class Rope:
         return f"{self.turn.__name__}-{self.table.__name__}"
 
 
-HALF_FULL = [
-    Rope(turn)
-    for turn in (llama, chunked, splitted, narrowed, unbound, by_halves, rolled, flipped, addcmul)
-    + (subtracted, padded, in_float, contiguous_parts)
-]
+_HALF = (llama, chunked, splitted, narrowed, unbound, by_halves, rolled, flipped, addcmul)
+HALF_FULL = [Rope(turn) for turn in (*_HALF, subtracted, padded, in_float, contiguous_parts)]
 HALF_NARROW = [Rope(gpt_oss, narrow), Rope(gpt_oss_addcmul, narrow)]
 ADJACENT_FULL = [Rope(cohere, pairs)]
 ADJACENT_NARROW = [
@@ -272,11 +270,11 @@ class Sizes:
 
 
 class Attention(nn.Module):
-    """One attention layer; `between` sees q and k after the rotation, before store and attention."""
+    """One attention layer; `between` sees q and k between the rotation and store or attention."""
 
     def __init__(
         self,
-        rope: Rope = Rope(llama),  # noqa: B008, a frozen value
+        rope: Rope = Rope(llama),
         norm: Normed | None = None,
         *,
         after: bool = False,
@@ -286,7 +284,7 @@ class Attention(nn.Module):
         partial: str = "inside",
         tokens_first: bool = False,
         between: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
-        sizes: Sizes = Sizes(),  # noqa: B008, a frozen value
+        sizes: Sizes = Sizes(),
     ) -> None:
         super().__init__()
         self.rope, self.norm, self.after, self.wide, self.eps = rope, norm, after, wide, eps
@@ -376,7 +374,7 @@ class Attention(nn.Module):
             return list(y.split(counts, dim=1))
         if self.packing == "slices":  # phi3
             cuts = (0, counts[0] * d, (counts[0] + counts[1]) * d, sum(counts) * d)
-            parts = [y[..., a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+            parts = [y[..., a:b] for a, b in pairwise(cuts)]
         else:
             weights = self.project.weight.split([n * d for n in counts])
             parts = [F.linear(x, w) for w in weights]
