@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.fx.node import map_aggregate
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fxfuse.torch_private import fake_mode_of, size_of, storage_key, symint_of, without_guards
 
@@ -63,7 +64,20 @@ class Call:
     writes: tuple[Slot, ...] = ()
 
     def inputs(self) -> list[Slot]:
-        return [x for x in tree_flatten((self.args, self.kwargs))[0] if isinstance(x, Slot)]
+        return slots_of((self.args, self.kwargs))
+
+
+def slots_of(tree: Any) -> list[Slot]:
+    """The slots in nested tuples, lists, dicts and slices, in order."""
+    found: list[Slot] = []
+    map_aggregate(tree, lambda x: found.append(x) if isinstance(x, Slot) else None)
+    return found
+
+
+def _has_tensor(tree: Any) -> bool:
+    return isinstance(tree, torch.Tensor) or (
+        isinstance(tree, (tuple, list, dict)) and any(isinstance(x, torch.Tensor) for x in tree_flatten(tree)[0])
+    )
 
 
 @dataclasses.dataclass
@@ -143,8 +157,9 @@ class _Template:
 class _Recorder(TorchDispatchMode):
     """Records each ATen call made under it."""
 
-    def __init__(self, inputs: list[torch.Tensor]) -> None:
+    def __init__(self, inputs: list[torch.Tensor], scalars: list[Scalar]) -> None:
         super().__init__()
+        self.scalars = {id(x.example): x for x in scalars}
         self.refs = {id(t): _Ref(False, i) for i, t in enumerate(inputs)}
         self.storages: dict[int, Any] = {}
         for i, t in enumerate(inputs):
@@ -154,6 +169,8 @@ class _Recorder(TorchDispatchMode):
         self.count = 0
 
     def ref(self, x: Any) -> Any:
+        if isinstance(x, torch.SymFloat):
+            return self.scalars.get(id(x), x)
         return self.refs[id(x)] if isinstance(x, torch.Tensor) else x
 
     def __torch_dispatch__(
@@ -163,7 +180,7 @@ class _Recorder(TorchDispatchMode):
         for t in tree_flatten((args, kwargs))[0]:
             if isinstance(t, torch.Tensor) and id(t) not in self.refs:
                 self._constant(t)
-        seen_args, seen_kwargs = tree_map(self.ref, args), tree_map(self.ref, kwargs)
+        seen_args, seen_kwargs = map_aggregate(args, self.ref), map_aggregate(kwargs, self.ref)
         out = func(*args, **kwargs)
         outs = [t for t in tree_flatten(out)[0] if isinstance(t, torch.Tensor)]
         if not outs and not _written(func, args, kwargs):
@@ -249,7 +266,7 @@ class _Lens:
             return self._region(node)
         if example is None and any(self._slots(node)):
             return self._call(node, None)
-        if not any(isinstance(x, torch.Tensor) for x in tree_flatten(example)[0]):
+        if not _has_tensor(example):
             return Scalar(node, example) if isinstance(example, torch.SymFloat) else example
         if node.target is operator.getitem and not isinstance(
             source := self.view.results[node.args[0]], Slot
@@ -259,9 +276,7 @@ class _Lens:
 
     def _slots(self, node: fx.Node) -> Iterator[Slot]:
         for arg in node.all_input_nodes:
-            yield from (
-                x for x in tree_flatten(self.view.results[arg])[0] if isinstance(x, Slot)
-            )
+            yield from slots_of(self.view.results[arg])
 
     def _given(self, node: fx.Node, example: Any) -> Any:
         def slot(x: Any) -> Any:
@@ -271,7 +286,7 @@ class _Lens:
 
         if isinstance(example, torch.SymFloat):
             return Scalar(node, example)
-        return tree_map(slot, example)
+        return map_aggregate(example, slot)
 
     def _storage(self, t: torch.Tensor) -> int:
         key = storage_key(t)
@@ -326,8 +341,8 @@ class _Lens:
 
         self.view.opaque[node] = reason
         inputs = tuple(self._slots(node))
-        result = tree_map(slot, example)
-        outs = tuple(x for x in tree_flatten(result)[0] if isinstance(x, Slot))
+        result = map_aggregate(example, slot)
+        outs = tuple(slots_of(result))
         self._add(Call(None, inputs, {}, node, outs, inputs))
         return result
 
@@ -348,7 +363,8 @@ class _Lens:
                     for x in flat
                 ]
                 args, kwargs = tree_unflatten(live, spec)
-                with self._autocast(), _Recorder(list(fakes.values())) as recorder:
+                scalars = [x for x in flat if isinstance(x, Scalar)]
+                with self._autocast(), _Recorder(list(fakes.values()), scalars) as recorder:
                     if node.op == "call_method":
                         result = getattr(args[0], str(node.target))(*args[1:], **kwargs)
                     else:
@@ -356,7 +372,7 @@ class _Lens:
                         result = node.target(*args, **kwargs)
                 if example is not None and (difference := _difference(result, example)):
                     return difference
-                return _Template(tuple(recorder.steps), tree_map(recorder.ref, result))
+                return _Template(tuple(recorder.steps), map_aggregate(result, recorder.ref))
         except Exception as error:
             return f"cannot be expanded: {type(error).__name__}: {error}".splitlines()[0]
 
@@ -382,11 +398,11 @@ class _Lens:
                 else:
                     storage = new.get(m.storage) or new.setdefault(m.storage, self._new_storage())
                 outs.append(self._slot(m, storage, node))
-            args, kwargs = tree_map(slot, step.args), tree_map(slot, step.kwargs)
+            args, kwargs = map_aggregate(step.args, slot), map_aggregate(step.kwargs, slot)
             writes = tuple(slot(r) for r in step.writes)
             made += outs
             self._add(Call(step.op, args, kwargs, node, tuple(outs), writes))
-        return tree_map(slot, template.result)
+        return map_aggregate(template.result, slot)
 
 
 _AUTOCAST = (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)

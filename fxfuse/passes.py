@@ -9,11 +9,11 @@ import torch
 from torch import fx
 
 from fxfuse import ops as _ops
-from fxfuse.lens import Slot, look
-from fxfuse.lowering.providers import choose, facts_of
+from fxfuse.lens import look
+from fxfuse.lowering.providers import Facts, choose
 from fxfuse.patterns.plan import plan
 from fxfuse.patterns.read import read
-from fxfuse.patterns.site import Site
+from fxfuse.patterns.site import Decoded, Site
 from fxfuse.patterns.value import Kind
 from fxfuse.report import Report, fused_of
 from fxfuse.rewrite import rewrite
@@ -91,15 +91,18 @@ def _reason_to_leave(settings: Settings) -> str:
 def _provider(site: Site, settings: Settings) -> str:
     if settings.compiler != "inductor":
         return "reference"
-    examples = []
-    for stream in (site.q, site.k, site.v):
-        slot = stream.x.leaf.slot if stream else None
-        example = slot.node.meta.get("example_value") if isinstance(slot, Slot) else None
-        examples.append(stream.x.apply(example) if stream and isinstance(example, torch.Tensor) else None)
-    q = examples[0]
-    if q is None:
-        return "loops"
-    return choose(q.device.type, facts_of(site.record, *examples)).provider
+
+    def size(stream: Decoded | None, row: int) -> int | None:
+        if stream is None:
+            return None
+        dim = stream.rows[row]
+        found = 1 if dim is None else stream.slot.shape[dim]
+        return found if isinstance(found, int) else None
+
+    facts = Facts(
+        site.record, tuple(size(s, 2) for s in (site.q, site.k, site.v)), size(site.q, 0)
+    )
+    return choose(site.q.slot.device.type, facts).provider
 
 
 def placeholder_kinds(gm: fx.GraphModule) -> dict[fx.Node, Kind]:

@@ -8,41 +8,42 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils._pytree import tree_flatten
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fxfuse.lens import Call, Scalar, Slot, View
+from fxfuse.lens import Call, Scalar, Slot, View, slots_of
 from fxfuse.patterns.plan import Plan
 from fxfuse.patterns.site import Access, Decoded, Site
-from fxfuse.torch_private import copy_graph_module, fake_mode_of, without_guards
+from fxfuse.torch_private import copy_graph, fake_mode_of, size_of, with_graph, without_guards
 
 
 def rewrite(gm: fx.GraphModule, view: View, plan: Plan) -> fx.GraphModule:
     """A copy of the graph with every site of the plan replaced by its op."""
-    new, nodes = copy_graph_module(gm)
-    editor = _Editor(new, view, nodes)
+    graph, nodes = copy_graph(gm.graph)
+    editor = _Editor(graph, view, nodes, fake_mode_of(gm))
     for site in plan.sites:
         editor.replace(site)
     editor.erase()
-    new.graph.lint()
-    new.recompile()
-    return new
+    graph.lint()
+    return with_graph(gm, graph)
 
 
 class _Editor:
-    def __init__(self, gm: fx.GraphModule, view: View, nodes: dict[fx.Node, fx.Node]) -> None:
-        self.gm, self.view, self.nodes = gm, view, nodes
+    def __init__(
+        self, graph: fx.Graph, view: View, nodes: dict[fx.Node, fx.Node], fake_mode: FakeTensorMode
+    ) -> None:
+        self.graph, self.view, self.nodes, self.fake_mode = graph, view, nodes, fake_mode
         self.holder: dict[Slot, fx.Node] = {}
         for node, result in view.results.items():
             if isinstance(result, Slot):
                 self.holder.setdefault(result, node)
         calls = {n for n in view.results if n.op in ("call_function", "call_method")}
         writing = {c.node for c in view.calls if c.writes or c.op is None}
-        self.pure = {nodes[n] for n in calls - writing if _is_tensor(view.results[n])}
-        self.fake_mode = fake_mode_of(gm)
+        self.pure = {nodes[n] for n in calls - writing if slots_of(view.results[n])}
+        self.examples: dict[Any, Any] = {}
         self.dead: list[fx.Node] = []
 
     def replace(self, site: Site) -> None:
-        graph = self.gm.graph
+        graph = self.graph
         anchor = self.nodes[site.q.slot.node]
         with graph.inserting_before(self.nodes[site.before]):
             op = self._call(site)
@@ -129,11 +130,11 @@ class _Editor:
         node = self.nodes[call.node]
         self.dead += node.all_input_nodes
         node.replace_all_uses_with(self._holder(call.writes[0]))
-        self.gm.graph.erase_node(node)
+        self.graph.erase_node(node)
 
     def _add(self, target: Any, args: tuple[Any, ...], anchor: fx.Node) -> fx.Node:
         """A new node with the metadata Dynamo's nodes carry."""
-        create = self.gm.graph.call_method if isinstance(target, str) else self.gm.graph.call_function
+        create = self.graph.call_method if isinstance(target, str) else self.graph.call_function
         node = create(target, args)
         for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
             if key in anchor.meta:
@@ -142,11 +143,16 @@ class _Editor:
         return node
 
     def _example(self, target: Any, args: tuple[Any, ...]) -> Any:
+        """What the node gives under the fake mode; computed once for equal calls on equal metadata."""
         values = fx.node.map_arg(args, lambda n: n.meta["example_value"])
-        with self.fake_mode, torch.no_grad(), without_guards(self.fake_mode):
-            if isinstance(target, str):
-                return getattr(values[0], target)(*values[1:])
-            return target(*values)
+        key = (target, fx.node.map_aggregate(values, _metadata))
+        if key not in self.examples:
+            with self.fake_mode, torch.no_grad(), without_guards(self.fake_mode):
+                if isinstance(target, str):
+                    self.examples[key] = getattr(values[0], target)(*values[1:])
+                else:
+                    self.examples[key] = target(*values)
+        return self.examples[key]
 
     def erase(self) -> None:
         """Erase what the rewrite left without users, from the replaced nodes upwards, never a node that writes."""
@@ -156,8 +162,11 @@ class _Editor:
             if node.users or node not in self.pure or node._erased:
                 continue
             waiting += node.all_input_nodes
-            self.gm.graph.erase_node(node)
+            self.graph.erase_node(node)
 
 
-def _is_tensor(result: Any) -> bool:
-    return any(isinstance(x, Slot) for x in tree_flatten(result)[0])
+def _metadata(x: Any) -> Any:
+    if not isinstance(x, torch.Tensor):
+        return (type(x), x)
+    sizes = tuple(map(size_of, (*x.shape, *x.stride(), x.storage_offset())))
+    return sizes, x.dtype, x.device

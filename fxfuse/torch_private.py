@@ -22,19 +22,24 @@ def fake_mode_of(gm: fx.GraphModule) -> FakeTensorMode:
     return FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
 
 
-def copy_graph_module(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
-    """A copy that shares parameters but no node, with all that Dynamo notes on modules and nodes; and old to new."""
-    graph = fx.Graph()
+def copy_graph(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+    """A copy of a graph with what Dynamo notes on its nodes, and the new node of each old one."""
+    copied = fx.Graph()
     nodes: dict[fx.Node, fx.Node] = {}
-    for node in gm.graph.nodes:
-        new = nodes[node] = graph.node_copy(node, nodes.__getitem__)
+    for node in graph.nodes:
+        new = nodes[node] = copied.node_copy(node, nodes.__getitem__)
         if hasattr(node, "_dynamo_source"):
             new._dynamo_source = node._dynamo_source
-    copied = fx.GraphModule(gm, graph)
-    copied.meta = dict(gm.meta)
-    for name, attribute in gm.__dict__.items():
-        copied.__dict__.setdefault(name, attribute)
     return copied, nodes
+
+
+def with_graph(gm: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
+    """A module like gm over another graph: the same parameters, and all that Dynamo notes on the module."""
+    module = fx.GraphModule(gm, graph)
+    module.meta = dict(gm.meta)
+    for name, attribute in gm.__dict__.items():
+        module.__dict__.setdefault(name, attribute)
+    return module
 
 
 @contextlib.contextmanager

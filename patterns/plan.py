@@ -10,9 +10,8 @@ from collections.abc import Iterable
 
 import torch
 from torch import fx
-from torch.utils._pytree import tree_flatten
 
-from fxfuse.lens import Call, Scalar, Slot
+from fxfuse.lens import Call, Scalar, Slot, slots_of
 from fxfuse.patterns.access import Refused
 from fxfuse.patterns.decode import decode, is_rotated
 from fxfuse.patterns.memory import Memory
@@ -49,10 +48,7 @@ class Uses:
                 self.holder.setdefault(result, node)
         output = next(n for n in view.graph.nodes if n.op == "output")
         self.returned = {
-            slot
-            for node in output.all_input_nodes
-            for slot in tree_flatten(view.results[node])[0]
-            if isinstance(slot, Slot)
+            slot for node in output.all_input_nodes for slot in slots_of(view.results[node])
         }
         self.output = output
 
@@ -101,7 +97,7 @@ class _Planner:
             return
         slot = call.outs[0]
         value = self.reading.values[slot]
-        if self.reading.relations[call] == "view" or not is_rotated(value):
+        if not (self._computes(call) and is_rotated(value)):
             return
         try:
             self._accept(call, slot)
@@ -112,6 +108,16 @@ class _Planner:
         except Disproved as reason:
             self.refused[slot] = ("prove", str(reason))
             self.plan.disproved.append(f"{slot.node.name}: {reason}")
+
+    def _computes(self, call: Call) -> bool:
+        """Whether a call's result is a stream's end: no view, but for the one that merges pairs into channels, as
+        the flatten after a stack or after view_as_real."""
+        if self.reading.relations[call] != "view":
+            return True
+        x, y = self.reading.values[call.inputs()[0]].dims, self.reading.values[call.outs[0]].dims
+        if not x or not y or x[-1] == y[-1] or x[:-2] != y[:-1]:
+            return False
+        return y[-1] == (*x[-2], *x[-1])
 
     def _is_needed(self, slot: Slot) -> bool:
         consumers = self.uses.consumers.get(slot, [])
@@ -187,7 +193,10 @@ class _Planner:
         return None
 
     def _origin(self, slot: Slot) -> Slot:
-        while slot.call is not None and self.reading.relations.get(slot.call) == "view":
+        ends = {d.slot for d in self.streams}
+        while slot not in ends and slot.call is not None:
+            if self.reading.relations.get(slot.call) != "view":
+                break
             slot = slot.call.inputs()[0]
         return slot
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.fx.node import map_aggregate
 
-from fxfuse.lens import Call, Scalar, Slot, View
+from fxfuse.lens import Call, Scalar, Slot, View, slots_of
 from fxfuse.patterns import value as v
 from fxfuse.patterns.transfer import TRANSFERS, Relation, Result, is_exact_cast
 from fxfuse.patterns.value import Definition, Kind, Leaf, Opaque, Value
@@ -66,9 +66,8 @@ class _Reader:
     def read(self) -> Reading:
         for node, result in self.reading.view.results.items():
             if node.op in ("placeholder", "get_attr"):
-                for slot in tree_flatten(result)[0]:
-                    if isinstance(slot, Slot):
-                        self._given(slot, self.given.get(node, Kind.DATA))
+                for slot in slots_of(result):
+                    self._given(slot, self.given.get(node, Kind.DATA))
         for position, call in enumerate(self.reading.view.calls):
             self.reading.positions[call] = position
             self._call(call)
@@ -158,7 +157,7 @@ class _Reader:
         entry = TRANSFERS.get(call.op)
         if entry is None or call.writes or not call.outs:
             return None
-        args, kwargs = tree_map(self._argument, (call.args, call.kwargs))
+        args, kwargs = map_aggregate((call.args, call.kwargs), self._argument)
         relation = entry.relation
         if kind is not Kind.DATA and self._is_leaf_arithmetic(call, relation, args):
             return [self._leaf(call.outs[0], _offset(call, args))] if len(call.outs) == 1 else None
@@ -190,8 +189,10 @@ class _Reader:
         return self._number(x) if isinstance(x, Scalar) else x
 
     def _number(self, x: Any) -> Value:
-        if not isinstance(x, Scalar):
+        if isinstance(x, (int, float, complex)):
             return v.constant(x, torch.float64)
+        if not isinstance(x, Scalar):
+            raise Opaque("a number computed in the graph")
         leaf = Leaf(len(self.reading.leaves), (), torch.float64, Kind.TABLE, x)
         self.reading.leaves.append(leaf)
         return v.leaf_value(leaf)
