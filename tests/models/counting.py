@@ -27,4 +27,5 @@ class GraphCounts:
         yield
         graphs, after = self.graphs - graphs, fxfuse.counts()
         got = {key: after.get(key, 0) - before.get(key, 0) for key in ("attention", "store")}
-        assert got == {"attention": graphs * rotary, "store": graphs * stored}
+        want = {"attention": graphs * rotary, "store": graphs * stored}
+        assert got == want, f"fused {got}, wanted {want}; {fxfuse.last_report()}"

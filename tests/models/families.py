@@ -203,7 +203,7 @@ TABLE = [
         "DeepseekV3ForCausalLM",
         "DeepseekV3Config",
         rotary=2,
-        stored=0,
+        stored=2,
         sizes={
             "num_key_value_heads": 4,
             "head_dim": None,
