@@ -94,7 +94,9 @@ def source_tag() -> str:
     """A digest of fxfuse's own sources, for the keys of Inductor's caches: a lowering is in no key by itself."""
     digest = hashlib.sha256()
     root = pathlib.Path(__file__).parent
-    for path in sorted(p for folder in (".", "patterns", "lowering") for p in (root / folder).glob("*.py")):
+    for path in sorted(
+        p for folder in (".", "patterns", "lowering") for p in (root / folder).glob("*.py")
+    ):
         digest.update(path.name.encode())
         digest.update(path.read_bytes())
     return f"fxfuse-{digest.hexdigest()[:16]}"

@@ -1,94 +1,31 @@
 """The lens: Dynamo's graph seen as the ATen calls it makes, in order. Only read, never compiled.
 
-In comes a Dynamo graph with `example_value`s; out come `Call`s over `Slot`s, and for each Dynamo node the slots of its
-result. Mutations stay visible where they happen; storages have identities, so aliases can be told.
+In comes a Dynamo graph with `example_value`s; out come `Call`s over `Slot`s, and for each Dynamo
+node the slots of its result. Mutations stay visible where they happen; storages have identities,
+so aliases can be told.
 
-What a Dynamo call expands to depends only on its target, its constants and the metadata of its inputs, so the
-expansion is recorded once for each distinct key, on fresh fake tensors, and replayed as a template. Functions of
-`WHOLE` are not expanded. A call that cannot be expanded, or whose expansion gives another shape or dtype than Dynamo
-saw, becomes one opaque call that is taken to write to all its inputs.
+What a Dynamo call expands to depends only on its target, its constants and the metadata of its
+inputs, so it is recorded once for each distinct key and replayed (`expansion`). Functions of
+`WHOLE` are not expanded. A call that cannot be expanded, or whose expansion gives another shape or
+dtype than Dynamo saw, becomes one opaque call that is taken to write to all its inputs.
 """
 
 import contextlib
-import dataclasses
 import operator
 from collections.abc import Iterator
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.fx.node import map_aggregate
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from fxfuse.torch_private import fake_mode_of, size_of, storage_key, symint_of, without_guards
+from fxfuse.expansion import Made, Recorder, Ref, Template, describe, difference, fresh
+from fxfuse.slots import Call, Scalar, Slot, View, slots_of
+from fxfuse.torch_private import fake_mode_of, size_of, storage_key, without_guards
 
 aten = torch.ops.aten
-
-Size: TypeAlias = Any
-Key: TypeAlias = Any
-
-
-@dataclasses.dataclass(frozen=True)
-class Scalar:
-    """A float of the graph: a node whose value is a SymFloat."""
-
-    node: fx.Node
-    example: torch.SymFloat
-
-
-@dataclasses.dataclass(eq=False)
-class Slot:
-    """One tensor as one call returned it (or as the graph received it)."""
-
-    shape: tuple[Size, ...]
-    stride: tuple[Size, ...]
-    offset: Size
-    dtype: torch.dtype
-    device: torch.device
-    storage: int
-    node: fx.Node
-    call: "Call | None" = None
-
-
-@dataclasses.dataclass(eq=False)
-class Call:
-    """One ATen call; op None: a call that was not understood, and may have written to any input."""
-
-    op: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    node: fx.Node
-    outs: tuple[Slot, ...] = ()
-    writes: tuple[Slot, ...] = ()
-
-    def inputs(self) -> list[Slot]:
-        return slots_of((self.args, self.kwargs))
-
-
-def slots_of(tree: Any) -> list[Slot]:
-    """The slots in nested tuples, lists, dicts and slices, in order."""
-    found: list[Slot] = []
-    map_aggregate(tree, lambda x: found.append(x) if isinstance(x, Slot) else None)
-    return found
-
-
-def _has_tensor(tree: Any) -> bool:
-    return isinstance(tree, torch.Tensor) or (
-        isinstance(tree, (tuple, list, dict)) and any(isinstance(x, torch.Tensor) for x in tree_flatten(tree)[0])
-    )
-
-
-@dataclasses.dataclass
-class View:
-    """The whole graph through the lens."""
-
-    graph: fx.Graph
-    calls: list[Call]
-    results: dict[fx.Node, Any]
-    expansions: int = 0
-    opaque: dict[fx.Node, str] = dataclasses.field(default_factory=dict)
 
 
 def _whole() -> dict[Any, Any]:
@@ -115,131 +52,11 @@ def _whole() -> dict[Any, Any]:
 WHOLE = _whole()
 
 
-# --- templates ------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class _Ref:
-    """An input of a recorded expansion, or a tensor made inside it."""
-
-    inside: bool
-    number: int
-
-
-@dataclasses.dataclass(frozen=True)
-class _Made:
-    """A tensor made inside an expansion; storage: the _Ref whose storage it shares, or a number of a new one."""
-
-    shape: tuple[Size, ...]
-    stride: tuple[Size, ...]
-    offset: Size
-    dtype: torch.dtype
-    device: torch.device
-    storage: Any
-
-
-@dataclasses.dataclass(frozen=True)
-class _Step:
-    op: Any
-    args: Any
-    kwargs: Any
-    first: int
-    made: tuple[_Made, ...]
-    writes: tuple[_Ref, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Template:
-    steps: tuple[_Step, ...]
-    result: Any
-
-
-class _Recorder(TorchDispatchMode):
-    """Records each ATen call made under it."""
-
-    def __init__(self, inputs: list[torch.Tensor], scalars: list[Scalar]) -> None:
-        super().__init__()
-        self.scalars = {id(x.example): x for x in scalars}
-        self.refs = {id(t): _Ref(False, i) for i, t in enumerate(inputs)}
-        self.storages: dict[int, Any] = {}
-        for i, t in enumerate(inputs):
-            self.storages.setdefault(storage_key(t), _Ref(False, i))
-        self.alive: list[Any] = list(inputs)
-        self.steps: list[_Step] = []
-        self.count = 0
-
-    def ref(self, x: Any) -> Any:
-        if isinstance(x, torch.SymFloat):
-            return self.scalars.get(id(x), x)
-        return self.refs[id(x)] if isinstance(x, torch.Tensor) else x
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        for t in tree_flatten((args, kwargs))[0]:
-            if isinstance(t, torch.Tensor) and id(t) not in self.refs:
-                self._constant(t)
-        seen_args, seen_kwargs = map_aggregate(args, self.ref), map_aggregate(kwargs, self.ref)
-        out = func(*args, **kwargs)
-        outs = [t for t in tree_flatten(out)[0] if isinstance(t, torch.Tensor)]
-        if not outs and not _written(func, args, kwargs):
-            return out
-        writes = tuple(self.refs[id(t)] for t in _written(func, args, kwargs))
-        self.steps.append(
-            _Step(func, seen_args, seen_kwargs, self.count, self._made(outs), writes)
-        )
-        for t in outs:
-            self.refs[id(t)] = _Ref(True, self.count)
-            self.count += 1
-        self.alive += [args, kwargs, out]
-        return out
-
-    def _made(self, outs: list[torch.Tensor]) -> tuple[_Made, ...]:
-        made = []
-        for t in outs:
-            new = len(self.storages)
-            made.append(_describe(t, self.storages.setdefault(storage_key(t), new)))
-        return tuple(made)
-
-    def _constant(self, t: torch.Tensor) -> None:
-        """A tensor that no call made: a constant of the traced code."""
-        self.steps.append(_Step("constant", (), {}, self.count, self._made([t]), ()))
-        self.refs[id(t)] = _Ref(True, self.count)
-        self.count += 1
-        self.alive.append(t)
-
-
-def _describe(t: torch.Tensor, storage: Any) -> _Made:
-    return _Made(
-        tuple(size_of(s) for s in t.shape),
-        tuple(size_of(s) for s in t.stride()),
-        size_of(t.storage_offset()),
-        t.dtype,
-        t.device,
-        storage,
-    )
-
-
-def _written(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
-    """The tensor arguments that the op's schema says it writes to."""
-    written = []
-    for i, a in enumerate(func._schema.arguments):
-        if a.alias_info is None or not a.alias_info.is_write:
-            continue
-        given = kwargs.get(a.name) if a.name in kwargs else args[i] if i < len(args) else None
-        written += [t for t in tree_flatten(given)[0] if isinstance(t, torch.Tensor)]
-    return written
-
-
-# --- the walk -------------------------------------------------------------------------------------------------
-
-
 class _Lens:
     def __init__(self, gm: fx.GraphModule) -> None:
         self.gm = gm
         self.view = View(gm.graph, [], {})
-        self.templates: dict[Key, _Template | str] = {}
+        self.templates: dict[Any, Template | str] = {}
         self.keys: dict[int, int] = {}
         self.storages = 0
         self.autocast: list[tuple[Any, ...]] = []
@@ -282,7 +99,7 @@ class _Lens:
         def slot(x: Any) -> Any:
             if not isinstance(x, torch.Tensor):
                 return x
-            return self._slot(_describe(x, None), self._storage(x), node)
+            return self._slot(describe(x, None), self._storage(x), node)
 
         if isinstance(example, torch.SymFloat):
             return Scalar(node, example)
@@ -298,7 +115,7 @@ class _Lens:
         self.storages += 1
         return self.storages
 
-    def _slot(self, m: _Made, storage: int, node: fx.Node) -> Slot:
+    def _slot(self, m: Made, storage: int, node: fx.Node) -> Slot:
         return Slot(m.shape, m.stride, m.offset, m.dtype, m.device, storage, node)
 
     def _region(self, node: fx.Node) -> None:
@@ -320,16 +137,23 @@ class _Lens:
         try:
             key = (node.op, node.target, spec, tuple(self.autocast), *_key(flat, inputs))
             template = self.templates.get(key)
-        except TypeError as error:
+        except (TypeError, KeyError) as error:
             return self._opaque(node, example, f"an argument that cannot be compared: {error}")
         if template is None:
             template = self.templates[key] = self._record(node, flat, spec, inputs, example)
         if isinstance(template, str):
             return self._opaque(node, example, template)
-        return self._replay(node, template, inputs)
+        result = self._replay(node, template, inputs)
+        self._note_storages(result, example)
+        return result
+
+    def _note_storages(self, result: Any, example: Any) -> None:
+        """Which storage Dynamo's own tensor has, so that an opaque view of it can be told."""
+        if isinstance(example, torch.Tensor) and isinstance(result, Slot):
+            self.keys.setdefault(storage_key(example), result.storage)
 
     def _whole(self, node: fx.Node, args: Any, kwargs: Any, example: Any) -> Any:
-        slot = self._slot(_describe(example, None), self._new_storage(), node)
+        slot = self._slot(describe(example, None), self._storage(example), node)
         self._add(Call(WHOLE[node.target], args, kwargs, node, (slot,)))
         return slot
 
@@ -337,7 +161,7 @@ class _Lens:
         def slot(x: Any) -> Any:
             if not isinstance(x, torch.Tensor):
                 return x
-            return self._slot(_describe(x, None), self._new_storage(), node)
+            return self._slot(describe(x, None), self._storage(x), node)
 
         self.view.opaque[node] = reason
         inputs = tuple(self._slots(node))
@@ -353,26 +177,26 @@ class _Lens:
 
     def _record(
         self, node: fx.Node, flat: list[Any], spec: Any, inputs: list[Slot], example: Any
-    ) -> _Template | str:
-        """Run one call on fresh fakes and write down what it calls; a text says why that was not possible."""
+    ) -> Template | str:
+        """Run one call on fresh fakes and write down what it calls; a text says why not."""
         try:
             with self.fake_mode, torch.no_grad(), without_guards(self.fake_mode):
-                fakes = dict(zip(inputs, _fresh(inputs), strict=True))
+                fakes = dict(zip(inputs, fresh(inputs), strict=True))
                 live = [
                     fakes[x] if isinstance(x, Slot) else x.example if isinstance(x, Scalar) else x
                     for x in flat
                 ]
                 args, kwargs = tree_unflatten(live, spec)
                 scalars = [x for x in flat if isinstance(x, Scalar)]
-                with self._autocast(), _Recorder(list(fakes.values()), scalars) as recorder:
+                with self._autocast(), Recorder(list(fakes.values()), scalars) as recorder:
                     if node.op == "call_method":
                         result = getattr(args[0], str(node.target))(*args[1:], **kwargs)
                     else:
                         assert callable(node.target)
                         result = node.target(*args, **kwargs)
-                if example is not None and (difference := _difference(result, example)):
-                    return difference
-                return _Template(tuple(recorder.steps), map_aggregate(result, recorder.ref))
+                if example is not None and (other := difference(result, example)):
+                    return other
+                return Template(tuple(recorder.steps), map_aggregate(result, recorder.ref))
         except Exception as error:
             return f"cannot be expanded: {type(error).__name__}: {error}".splitlines()[0]
 
@@ -383,17 +207,17 @@ class _Lens:
                 stack.enter_context(torch.autocast(device, dtype, enabled, cache))
             yield
 
-    def _replay(self, node: fx.Node, template: _Template, inputs: list[Slot]) -> Any:
+    def _replay(self, node: fx.Node, template: Template, inputs: list[Slot]) -> Any:
         made: list[Slot] = []
         new: dict[int, int] = {}
 
         def slot(x: Any) -> Any:
-            return (made if x.inside else inputs)[x.number] if isinstance(x, _Ref) else x
+            return (made if x.inside else inputs)[x.number] if isinstance(x, Ref) else x
 
         for step in template.steps:
             outs = []
             for m in step.made:
-                if isinstance(m.storage, _Ref):
+                if isinstance(m.storage, Ref):
                     storage = slot(m.storage).storage
                 else:
                     storage = new.get(m.storage) or new.setdefault(m.storage, self._new_storage())
@@ -409,7 +233,7 @@ _AUTOCAST = (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._e
 
 
 def _key(flat: list[Any], inputs: list[Slot]) -> tuple[Any, ...]:
-    """Everything an expansion can depend on, with sizes as expressions and aliases by their first holder."""
+    """All an expansion can depend on: sizes as expressions, aliases by their first holder."""
     first: dict[int, int] = {}
     for i, s in enumerate(inputs):
         first.setdefault(s.storage, i)
@@ -433,43 +257,8 @@ def _constant_key(x: Any, numbers: dict[Slot, int]) -> Any:
     return (type(x), x)
 
 
-def _fresh(inputs: list[Slot]) -> list[torch.Tensor]:
-    """New fakes with the inputs' metadata; those that share a storage share one here."""
-    examples = [_example(s) for s in inputs]
-    bases: dict[int, torch.Tensor] = {}
-    result = []
-    for slot, (shape, stride, offset) in zip(inputs, examples, strict=True):
-        shared = sum(s.storage == slot.storage for s in inputs) > 1
-        if not shared:
-            fresh = torch.empty_strided(shape, stride, dtype=slot.dtype, device=slot.device)
-        else:
-            if slot.storage not in bases:
-                bases[slot.storage] = torch.empty(1 << 40, dtype=slot.dtype, device=slot.device)
-            if bases[slot.storage].dtype != slot.dtype:
-                raise NotImplementedError("one storage under two dtypes")
-            fresh = bases[slot.storage].as_strided(shape, stride, offset)
-        result.append(fresh)
-    return result
-
-
-def _example(slot: Slot) -> tuple[list[Any], list[Any], Any]:
-    def number(s: Size) -> Any:
-        return s if isinstance(s, int) else symint_of(slot.node, s)
-
-    return [*map(number, slot.shape)], [*map(number, slot.stride)], number(slot.offset)
-
-
-def _difference(result: Any, example: Any) -> str:
-    """What tells a result's metadata from what Dynamo saw; empty if nothing does."""
-    got, want = tree_flatten(result)[0], tree_flatten(example)[0]
-    for a, b in zip(got, want, strict=False):
-        if not isinstance(b, torch.Tensor) or not isinstance(a, torch.Tensor):
-            continue
-        if a.dtype != b.dtype:
-            return f"reads as {a.dtype} where the graph has {b.dtype}"
-        if tuple(map(size_of, a.shape)) != tuple(map(size_of, b.shape)):
-            return f"reads as {list(a.shape)} where the graph has {list(b.shape)}"
-    return "" if len(got) == len(want) else "reads as another number of results"
+def _has_tensor(tree: Any) -> bool:
+    return any(isinstance(x, torch.Tensor) for x in tree_flatten(tree)[0])
 
 
 def look(gm: fx.GraphModule) -> View:

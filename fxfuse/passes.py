@@ -99,9 +99,7 @@ def _provider(site: Site, settings: Settings) -> str:
         found = 1 if dim is None else stream.slot.shape[dim]
         return found if isinstance(found, int) else None
 
-    facts = Facts(
-        site.record, tuple(size(s, 2) for s in (site.q, site.k, site.v)), size(site.q, 0)
-    )
+    facts = Facts(site.record, tuple(size(s, 2) for s in (site.q, site.k, site.v)), size(site.q, 0))
     return choose(site.q.slot.device.type, facts).provider
 
 
@@ -114,7 +112,9 @@ def _kind(node: fx.Node) -> Kind:
     example = node.meta.get("example_value")
     if isinstance(example, torch.nn.Parameter):
         return Kind.WEIGHT
-    if isinstance(example, torch.Tensor) and not (example.is_floating_point() or example.is_complex()):
+    if isinstance(example, torch.Tensor) and not (
+        example.is_floating_point() or example.is_complex()
+    ):
         return Kind.TABLE
     return Kind.TABLE if "_buffers" in source_name(node) else Kind.DATA
 
@@ -136,5 +136,3 @@ def _warn_once(text: str) -> None:
     if text not in _warned:
         _warned.add(text)
         log.warning("fxfuse: %s", text)
-
-

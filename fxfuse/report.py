@@ -53,9 +53,12 @@ class Report:
         return json.dumps(data, indent=1, default=str)
 
     def __str__(self) -> str:
-        lines = [f"fxfuse: {len(self.fused)} fused, {len(self.refused)} refused, {self.graphs} graph(s)"]
+        lines = [
+            f"fxfuse: {len(self.fused)} fused, {len(self.refused)} refused, {self.graphs} graph(s)"
+        ]
         rows = Counter(
-            (" + ".join(f.stages), _short(f.record.q), f.op, f.provider, f.where) for f in self.fused
+            (" + ".join(f.stages), _short(f.record.q), f.op, f.provider, f.where)
+            for f in self.fused
         )
         for (stages, rotation, op, provider, where), count in rows.items():
             lines.append(f"  {count:3d} × {stages}  [{rotation}]  {op} by {provider}  {where}")
@@ -69,7 +72,11 @@ class Report:
 
     def _share(self) -> str:
         compile_ms, own = self.milliseconds.get("compile"), self.milliseconds.get("fxfuse")
-        return f" ({100 * own / (own + compile_ms):.1f} % of the compile)" if compile_ms and own else ""
+        return (
+            f" ({100 * own / (own + compile_ms):.1f} % of the compile)"
+            if compile_ms and own
+            else ""
+        )
 
 
 def _short(stream: Stream) -> str:

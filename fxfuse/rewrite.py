@@ -10,7 +10,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fxfuse.lens import Call, Scalar, Slot, View, slots_of
+from fxfuse.slots import Call, Scalar, Slot, View, slots_of
 from fxfuse.patterns.plan import Plan
 from fxfuse.patterns.site import Access, Decoded, Site
 from fxfuse.torch_private import copy_graph, fake_mode_of, size_of, with_graph, without_guards

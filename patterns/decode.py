@@ -7,7 +7,7 @@ weight and row scale. Roles come from what a factor depends on and how it varies
 import dataclasses
 from collections.abc import Sequence
 
-from fxfuse.lens import Scalar, Slot
+from fxfuse.slots import Scalar, Slot
 from fxfuse.patterns import value as v
 from fxfuse.patterns.access import (
     Refused,
@@ -108,9 +108,7 @@ def _sort(value: Value) -> _Parts:
         tables.append(table[0] if table else None)
         weights.append(_only([f for f in rest if f.leaf.kind is Kind.WEIGHT], "weight"))
         statistics.append(_only([f for f in rest if v.is_statistic(f.leaf)], "statistic"))
-        scales.append(
-            _only([f for f in rest if f not in table and _is_scale(f)], "factor by row")
-        )
+        scales.append(_only([f for f in rest if f not in table and _is_scale(f)], "factor by row"))
     return _Parts(
         value,
         source,
@@ -246,9 +244,7 @@ def _after(slot: Slot, parts: _Parts) -> Decoded:
     )
     if inner.stream.scale != 1.0 or inner.stream.has_scale:
         raise Refused("a factor between rotation and norm")
-    return dataclasses.replace(
-        inner, value=value, stream=stream, weight=weight, eps=statistic.eps
-    )
+    return dataclasses.replace(inner, value=value, stream=stream, weight=weight, eps=statistic.eps)
 
 
 def _order(value: Value, z: Factor) -> list[int]:
@@ -516,9 +512,7 @@ def _weight(parts: _Parts, start: int, when: str) -> tuple[Access | None, float]
     if parts.weight is None:
         return None, 0.0
     shift: set[int] = set()
-    weights = [
-        next(f for f in t.factors if f.leaf is parts.weight.leaf) for t in parts.value.terms
-    ]
+    weights = [next(f for f in t.factors if f.leaf is parts.weight.leaf) for t in parts.value.terms]
     for term, x, weight in zip(parts.value.terms, parts.x, weights, strict=True):
         for i, c in enumerate(term.coefficients):
             if c:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import fx
 
-from fxfuse.lens import Scalar, Slot
+from fxfuse.slots import Scalar, Slot
 from fxfuse.patterns.access import Refused
 from fxfuse.patterns.read import Reading
 from fxfuse.patterns.site import Decoded, StoreWrite

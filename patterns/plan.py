@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import fx
 
-from fxfuse.lens import Call, Scalar, Slot, slots_of
+from fxfuse.slots import Call, Scalar, Slot, slots_of
 from fxfuse.patterns.access import Refused
 from fxfuse.patterns.decode import decode, is_rotated
 from fxfuse.patterns.memory import Memory
@@ -188,7 +188,9 @@ class _Planner:
     def _store_of(self, decoded: Decoded) -> StoreWrite | None:
         """The cache write of a stream's result, seen through views."""
         for store in self.stores:
-            if self._origin(store.value) is decoded.slot and _rows_fit(self.reading, store, decoded):
+            if self._origin(store.value) is decoded.slot and _rows_fit(
+                self.reading, store, decoded
+            ):
                 return store
         return None
 
@@ -298,9 +300,7 @@ class _Planner:
             if below & made or any(slot in self._below(other) for other in reported):
                 continue
             reported.add(slot)
-            self.plan.refusals.append(
-                Refusal(stage, slot.node.name, reason, location(slot.node))
-            )
+            self.plan.refusals.append(Refusal(stage, slot.node.name, reason, location(slot.node)))
         fused_stores = {s.call for site in self.plan.sites for s in site.stores()}
         for store in self.stores:
             if store.call not in fused_stores and self._origin(store.value) in made:

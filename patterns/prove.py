@@ -10,7 +10,7 @@ import dataclasses
 import torch
 
 from fxfuse import reference
-from fxfuse.lens import Scalar
+from fxfuse.slots import Scalar
 from fxfuse.patterns.evaluate import evaluate
 from fxfuse.patterns.fingerprint import fingerprint
 from fxfuse.patterns.site import Access, Decoded

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 from torch.fx.node import map_aggregate
 
-from fxfuse.lens import Call, Scalar, Slot, View, slots_of
+from fxfuse.slots import Call, Scalar, Slot, View, slots_of
 from fxfuse.patterns import value as v
 from fxfuse.patterns.transfer import TRANSFERS, Relation, Result, is_exact_cast
 from fxfuse.patterns.value import Definition, Kind, Leaf, Opaque, Value
@@ -124,7 +124,14 @@ class _Reader:
         except Opaque as reason:
             self.reading.reasons[call] = str(reason)
             values = None
-        except (ValueError, IndexError, KeyError, TypeError, AttributeError, ZeroDivisionError) as e:
+        except (
+            ValueError,
+            IndexError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            ZeroDivisionError,
+        ) as e:
             self.reading.reasons[call] = f"{call.op} was not read: {type(e).__name__}: {e}"
             values = None
         if values is None:
@@ -175,7 +182,9 @@ class _Reader:
             if x.shape != slot.shape:
                 raise Opaque(f"read with shape {x.shape} where the graph has {slot.shape}")
         self.reading.relations[call] = relation
-        return [dataclasses.replace(x, dtype=s.dtype) for x, s in zip(values, call.outs, strict=True)]
+        return [
+            dataclasses.replace(x, dtype=s.dtype) for x, s in zip(values, call.outs, strict=True)
+        ]
 
     def _is_leaf_arithmetic(self, call: Call, relation: Relation, args: Any) -> bool:
         """Tables and weights: arithmetic and rounding on them stay outside and are loaded as they are."""
@@ -202,9 +211,7 @@ class _Reader:
             return self._leaf(slot, definition)
         shape = definition.operands[0].shape if shape is None else shape
         dtype = definition.operands[0].dtype
-        leaf = Leaf(
-            len(self.reading.leaves), shape, dtype, Kind.DATA, None, definition=definition
-        )
+        leaf = Leaf(len(self.reading.leaves), shape, dtype, Kind.DATA, None, definition=definition)
         self.reading.leaves.append(leaf)
         return v.leaf_value(leaf)
 

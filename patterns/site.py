@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import fx
 
-from fxfuse.lens import Call, Scalar, Slot
+from fxfuse.slots import Call, Scalar, Slot
 from fxfuse.patterns.record import Record, Store, Stream
 from fxfuse.patterns.value import Leaf, Value
 

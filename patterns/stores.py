@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from fxfuse.lens import Call, Slot
+from fxfuse.slots import Call, Slot
 from fxfuse.patterns.read import Reading
 from fxfuse.patterns.record import Pass, Store, Stream
 from fxfuse.patterns.site import Access, Decoded, StoreWrite
@@ -70,9 +70,7 @@ def find_stores(reading: Reading) -> list[StoreWrite]:
     """The cache writes of a graph, in order: into a whole input, or into memory the graph made itself."""
     given = {slot.storage for slot in reading.values if slot.call is None}
     found = [LAYOUTS[c.op](c) for c in reading.view.calls if c.op in LAYOUTS]
-    return [
-        s for s in found if s and (s.cache.call is None or s.cache.storage not in given)
-    ]
+    return [s for s in found if s and (s.cache.call is None or s.cache.storage not in given)]
 
 
 def stored_copy(reading: Reading, store: StoreWrite) -> Decoded | None:

@@ -1,0 +1,65 @@
+"""Tensors and calls as the lens sees them."""
+
+import dataclasses
+from typing import Any, TypeAlias
+
+import torch
+from torch import fx
+from torch.fx.node import map_aggregate
+
+Size: TypeAlias = Any  # an int, or a sympy expression under dynamic shapes
+
+
+@dataclasses.dataclass(frozen=True)
+class Scalar:
+    """A float of the graph: a node whose value is a SymFloat."""
+
+    node: fx.Node
+    example: torch.SymFloat
+
+
+@dataclasses.dataclass(eq=False)
+class Slot:
+    """One tensor as one call returned it (or as the graph received it)."""
+
+    shape: tuple[Size, ...]
+    stride: tuple[Size, ...]
+    offset: Size
+    dtype: torch.dtype
+    device: torch.device
+    storage: int
+    node: fx.Node
+    call: "Call | None" = None
+
+
+@dataclasses.dataclass(eq=False)
+class Call:
+    """One ATen call; op None: a call that was not understood, and may have written to any input."""
+
+    op: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    node: fx.Node
+    outs: tuple[Slot, ...] = ()
+    writes: tuple[Slot, ...] = ()
+
+    def inputs(self) -> list[Slot]:
+        return slots_of((self.args, self.kwargs))
+
+
+def slots_of(tree: Any) -> list[Slot]:
+    """The slots in nested tuples, lists, dicts and slices, in order."""
+    found: list[Slot] = []
+    map_aggregate(tree, lambda x: found.append(x) if isinstance(x, Slot) else None)
+    return found
+
+
+@dataclasses.dataclass
+class View:
+    """The whole graph through the lens."""
+
+    graph: fx.Graph
+    calls: list[Call]
+    results: dict[fx.Node, Any]
+    expansions: int = 0
+    opaque: dict[fx.Node, str] = dataclasses.field(default_factory=dict)
