@@ -2,9 +2,10 @@
 
     model = torch.compile(model, backend=fxfuse.backend)
 
-In a transformer a row of small kernels stands between the QKV projection and attention: reshape, RMSNorm(q), RMSNorm(k),
-RoPE, KV-cache store. fxfuse finds these chains in the traced graph however they are spelled, proves what it found, and
-puts one kernel in their place. See `explain` for what was fused in a model and why the rest was not.
+In a transformer a row of small kernels stands between the QKV projection and attention: reshape,
+RMSNorm(q), RMSNorm(k), RoPE, KV-cache store. fxfuse finds these chains in the traced graph however
+they are spelled, proves what it found, and puts one kernel in their place. See `explain` for what
+was fused in a model and why the rest was not.
 """
 
 from fxfuse.entry import Backend, backend, explain

@@ -26,8 +26,8 @@ class Backend:
     Example:
         model = torch.compile(model, backend=fxfuse.Backend(strict=True))
 
-    Keywords are those of `Settings`. Backends compare and hash by their settings, so that a new instance with equal
-    settings compiles nothing anew.
+    Keywords are those of `Settings`. Backends compare and hash by their settings, so that a new
+    instance with equal settings compiles nothing anew.
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -66,7 +66,7 @@ class Backend:
             torch_private.reset_inductor()
 
     def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and self.settings == other.settings  # type: ignore[attr-defined]
+        return type(other) is type(self) and self.settings == other.settings
 
     def __hash__(self) -> int:
         return hash(self.settings)
@@ -91,7 +91,9 @@ class _Fresh(Backend):
 
 @functools.cache
 def source_tag() -> str:
-    """A digest of fxfuse's own sources, for the keys of Inductor's caches: a lowering is in no key by itself."""
+    """A digest of fxfuse's own sources, for the keys of Inductor's caches: a lowering is in no key
+    by itself.
+    """
     digest = hashlib.sha256()
     root = pathlib.Path(__file__).parent
     for path in sorted(
@@ -111,13 +113,14 @@ def explain(
         print(fxfuse.explain(model, input_ids))
         fxfuse.explain(toy_module, x, compiler="eager").fused[0].record
 
-    `mode` and `compiler` are torch.compile's and Backend's; all else goes to the model, which is really run: a cache
-    among the arguments is written to.
+    `mode` and `compiler` are torch.compile's and Backend's; all else goes to the model, which is
+    really run: a cache among the arguments is written to.
     """
     report = Report()
     collecting = _state.collecting = [*getattr(_state, "collecting", ()), report]
     try:
-        torch.compile(model, backend=_Fresh(compiler=compiler), mode=mode)(*args, **kwargs)
+        compiled: Any = torch.compile(model, backend=_Fresh(compiler=compiler), mode=mode)
+        compiled(*args, **kwargs)
     finally:
         collecting.remove(report)
     return report

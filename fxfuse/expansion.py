@@ -54,11 +54,11 @@ class Template:
     result: Any
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records each ATen call made under it."""
 
     def __init__(self, inputs: list[torch.Tensor], scalars: list[Scalar]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.scalars = {id(x.example): x for x in scalars}
         self.refs = {id(t): Ref(False, i) for i, t in enumerate(inputs)}
         self.storages: dict[int, Any] = {}

@@ -75,7 +75,7 @@ class _Lens:
         if node.op == "placeholder":
             return self._given(node, example)
         if node.op == "get_attr":
-            attribute = operator.attrgetter(node.target)(self.gm)
+            attribute = operator.attrgetter(str(node.target))(self.gm)
             if isinstance(attribute, torch.Tensor):
                 return self._given(node, example if example is not None else attribute)
             return attribute
@@ -85,10 +85,10 @@ class _Lens:
             return self._call(node, None)
         if not _has_tensor(example):
             return Scalar(node, example) if isinstance(example, torch.SymFloat) else example
-        if node.target is operator.getitem and not isinstance(
-            source := self.view.results[node.args[0]], Slot
-        ):
-            return source[node.args[1]]
+        if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+            source = self.view.results[node.args[0]]
+            if not isinstance(source, Slot):
+                return source[node.args[1]]
         return self._call(node, example)
 
     def _slots(self, node: fx.Node) -> Iterator[Slot]:

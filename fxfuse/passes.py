@@ -1,4 +1,6 @@
-"""The way of one graph: lens, read, plan (decode and prove), rewrite; with a report, and never an error of ours."""
+"""The way of one graph: lens, read, plan (decode and prove), rewrite; with a report, and never an
+error of ours.
+"""
 
 import logging
 import time
@@ -25,7 +27,9 @@ _warned: set[str] = set()
 
 
 def fuse_graph(gm: fx.GraphModule, settings: Settings) -> tuple[fx.GraphModule, Report]:
-    """The graph with its sites fused, and the report. A graph that cannot be read comes back as it is."""
+    """The graph with its sites fused, and the report. A graph that cannot be read comes back as it
+    is.
+    """
     report = Report(graphs=1)
     try:
         with _timed(report, "fxfuse"):
@@ -66,8 +70,8 @@ def _fuse(gm: fx.GraphModule, settings: Settings, report: Report) -> fx.GraphMod
     report.refused += planned.refusals
     if training and planned.sites:
         report.notes.append(
-            "gradients are needed: norm and RoPE are fused with their gradients, cache writes stay the model's; "
-            "for inference compile under torch.no_grad()"
+            "gradients are needed: norm and RoPE are fused with their gradients, cache writes stay "
+            "the model's; for inference compile under torch.no_grad()"
         )
     if not planned.sites:
         return gm
@@ -82,8 +86,8 @@ def _reason_to_leave(settings: Settings) -> str:
         return "disabled by settings"
     if settings.numerics == "graph" or keeps_rounding_points():
         return (
-            "nothing is fused: the graph's own rounding points are asked for (numerics='graph' or Inductor's "
-            "emulate_precision_casts), and the fused kernels round once"
+            "nothing is fused: the graph's own rounding points are asked for (numerics='graph' or "
+            "Inductor's emulate_precision_casts), and the fused kernels round once"
         )
     return ""
 

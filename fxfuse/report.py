@@ -1,4 +1,6 @@
-"""What one compile fused, what it refused and why, and what it cost; prints as a table, or as JSON."""
+"""What one compile fused, what it refused and why, and what it cost; prints as a table, or as
+JSON.
+"""
 
 import dataclasses
 import json
@@ -12,7 +14,9 @@ from fxfuse.patterns.site import Refusal, Site, location
 
 @dataclasses.dataclass(frozen=True)
 class Fused:
-    """One fused site: its stages, the model's file:line, the op it became, who lowers it, and its record."""
+    """One fused site: its stages, the model's file:line, the op it became, who lowers it, and its
+    record.
+    """
 
     stages: tuple[str, ...]
     where: str
@@ -107,8 +111,6 @@ def fused_of(site: Site, provider: str) -> Fused:
     return Fused(stages_of(site.record), where, f"fxfuse::{op}", provider, site.record, eps)
 
 
-# --- counts since import --------------------------------------------------------------------------------------
-
 _lock = threading.Lock()
 _counts: Counter[str] = Counter({"attention": 0, "store": 0})
 _last: Report | None = None
@@ -124,12 +126,15 @@ def publish(report: Report) -> None:
 
 
 def last_report() -> Report | None:
-    """The report of the last graph compiled in this process by any fxfuse backend; None before the first."""
+    """The report of the last graph compiled in this process by any fxfuse backend; None before the
+    first.
+    """
     return _last
 
 
 def counts() -> dict[str, int]:
-    """Sites fused since import: "attention" for each attention layer of each compiled graph whose rotation was fused,
-    "store" for each of those whose site includes the KV-cache store."""
+    """Sites fused since import: "attention" for each attention layer of each compiled graph whose
+    rotation was fused, "store" for each of those whose site includes the KV-cache store.
+    """
     with _lock:
         return dict(_counts)

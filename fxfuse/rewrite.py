@@ -1,4 +1,5 @@
-"""Rewrite: a planned site becomes one fxfuse op in a copy of Dynamo's graph; what nothing uses any more is erased.
+"""Rewrite: a planned site becomes one fxfuse op in a copy of Dynamo's graph; what nothing uses any
+more is erased.
 
 The graph handed in stays as it was: a rewrite that fails half-way leaves the original whole.
 """
@@ -10,9 +11,9 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fxfuse.slots import Call, Scalar, Slot, View, slots_of
 from fxfuse.patterns.plan import Plan
 from fxfuse.patterns.site import Access, Decoded, Site
+from fxfuse.slots import Call, Scalar, Slot, View, slots_of
 from fxfuse.torch_private import copy_graph, fake_mode_of, size_of, with_graph, without_guards
 
 
@@ -110,7 +111,7 @@ class _Editor:
         for place in reversed([i for i, row in enumerate(decoded.rows) if row is None]):
             result = self._add("select", (result, place, 0), anchor)
         place_of = {decoded.rows[i]: axes.index(i) for i in axes}
-        order = tuple(place_of[d] for d in range(rank - 1) if d in place_of) + (len(axes),)
+        order = (*(place_of[d] for d in range(rank - 1) if d in place_of), len(axes))
         if order != tuple(range(len(order))):
             result = self._add("permute", (result, order), anchor)
         for d in range(rank - 1):
@@ -143,7 +144,9 @@ class _Editor:
         return node
 
     def _example(self, target: Any, args: tuple[Any, ...]) -> Any:
-        """What the node gives under the fake mode; computed once for equal calls on equal metadata."""
+        """What the node gives under the fake mode; computed once for equal calls on equal
+        metadata.
+        """
         values = fx.node.map_arg(args, lambda n: n.meta["example_value"])
         key = (target, fx.node.map_aggregate(values, _metadata))
         if key not in self.examples:
@@ -155,7 +158,9 @@ class _Editor:
         return self.examples[key]
 
     def erase(self) -> None:
-        """Erase what the rewrite left without users, from the replaced nodes upwards, never a node that writes."""
+        """Erase what the rewrite left without users, from the replaced nodes upwards, never a node
+        that writes.
+        """
         waiting = list(self.dead)
         while waiting:
             node = waiting.pop()

@@ -19,9 +19,11 @@ class Settings:
 
     strict     a rotation that is refused is an error that names it
     disable    stages left alone: "attention" (everything), "store" (cache writes stay the model's)
-    numerics   "inductor": float32 from load to store, one rounding; "graph": the graph's own rounding points, which
-               the fused kernels do not keep, so that nothing is fused and the report says so
-    compiler   what compiles the rewritten graph; "eager" and "aot_eager" run the reference, for fast tests
+    numerics   "inductor": float32 from load to store, one rounding; "graph": the graph's own
+               rounding points, which the fused kernels do not keep, so that nothing is fused and
+               the report says so
+    compiler   what compiles the rewritten graph; "eager" and "aot_eager" run the reference, for
+               fast tests
     """
 
     strict: bool = False

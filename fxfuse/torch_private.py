@@ -4,6 +4,7 @@ Tried on torch 2.11 and 2.13. The lowering side has its own such module, fxfuse.
 """
 
 import contextlib
+import importlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -34,7 +35,9 @@ def copy_graph(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
 
 
 def with_graph(gm: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
-    """A module like gm over another graph: the same parameters, and all that Dynamo notes on the module."""
+    """A module like gm over another graph: the same parameters, and all that Dynamo notes on the
+    module.
+    """
     module = fx.GraphModule(gm, graph)
     module.meta = dict(gm.meta)
     for name, attribute in gm.__dict__.items():
@@ -61,7 +64,8 @@ def size_of(size: Any) -> Any:
 
 def symint_of(node: fx.Node, expression: Any) -> Any:
     """The SymInt of a size expression in the shape environment of a node's example value."""
-    shape_env = fake_mode_of(node.graph.owning_module).shape_env
+    gm = node.graph.owning_module
+    shape_env = fake_mode_of(gm).shape_env if gm is not None else None
     assert shape_env is not None
     return shape_env.create_symintnode(expression, hint=None)
 
@@ -72,7 +76,9 @@ def storage_key(t: torch.Tensor) -> int:
 
 
 def source_name(node: fx.Node) -> str:
-    """Where Dynamo found an input, as `L['self']._modules['rotary_emb']._buffers['inv_freq']`; empty if unknown."""
+    """Where Dynamo found an input, as `L['self']._modules['rotary_emb']._buffers['inv_freq']`;
+    empty if unknown.
+    """
     argument = node.meta.get("grapharg")
     source = getattr(argument, "_source", None) or getattr(argument, "source", None)
     if source is None:
@@ -95,13 +101,15 @@ def compile_with_inductor(
     options: dict[str, Any] | None,
     tag: str,
 ) -> Any:
-    """Inductor's compile of a Dynamo graph; `tag` enters the key of every cache entry, of forward and backward.
+    """Inductor's compile of a Dynamo graph; `tag` enters the key of every cache entry, of forward
+    and backward.
 
     mode and options are checked by torch's own wrapper, as for backend="inductor".
     """
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
-    wrapper = torch._TorchCompileInductorWrapper(mode, options, None)
+    make_wrapper: Any = torch._TorchCompileInductorWrapper
+    wrapper = make_wrapper(mode, options, None)
 
     def inner_compile(*args: Any, **kwargs: Any) -> Any:
         with _tagged(tag):
@@ -115,7 +123,7 @@ def compile_with_inductor(
 
 @contextlib.contextmanager
 def _tagged(tag: str) -> Iterator[None]:
-    import torch.compiler.config as compiler_config
+    compiler_config: Any = importlib.import_module("torch.compiler.config")
 
     old = compiler_config.cache_key_tag
     if tag in old:
@@ -134,4 +142,5 @@ def compile_with(name: str, gm: fx.GraphModule, example_inputs: list[Any]) -> An
 
 def reset_inductor() -> None:
     """What torch.compiler.reset() asks of an Inductor backend."""
-    torch._TorchCompileInductorWrapper(None, None, None).reset()
+    wrapper: Any = torch._TorchCompileInductorWrapper
+    wrapper(None, None, None).reset()

@@ -1,1 +1,3 @@
-"""What a graph computes: values, their transfer functions, decoded records and the plan to fuse them."""
+"""What a graph computes: values, their transfer functions, decoded records and the plan to fuse
+them.
+"""

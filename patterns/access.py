@@ -1,4 +1,6 @@
-"""Operands of an op as views of the graph's tensors: from a factor's index maps to the steps of an `Access`."""
+"""Operands of an op as views of the graph's tensors: from a factor's index maps to the steps of an
+`Access`.
+"""
 
 from collections.abc import Sequence
 from typing import TypeAlias
@@ -17,7 +19,9 @@ class Refused(Exception):
 def window(
     source: Leaf, heads: tuple[Atom, int] | None, start: int, channels: int
 ) -> tuple[int, int, int]:
-    """Where a head's channels lie on the source's last axis: (first element, inner start, channels)."""
+    """Where a head's channels lie on the source's last axis: (first element, inner start,
+    channels).
+    """
     size = source.shape[-1]
     if heads is None:
         return start, 0, channels
@@ -78,9 +82,7 @@ def table_access(table: Factor, groups: Sequence[Sequence[Atom]]) -> Access:
     if table.leaf.part:
         steps = [("view_as_real",), ("flatten", -2)]
     row_steps, labels = _rows(table, [*_axes(last), CHANNELS], last)
-    return Access(
-        table.leaf, (*steps, *row_steps, *_arrange(labels, groups[:2], channels=True))
-    )
+    return Access(table.leaf, (*steps, *row_steps, *_arrange(labels, groups[:2], channels=True)))
 
 
 def weight_access(weight: Factor, head: Sequence[Atom], start: int, channels: int) -> Access:

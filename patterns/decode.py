@@ -1,13 +1,14 @@
-"""Decode: a Value between projection and attention read backwards into a stream of an op's record, or a Refusal.
+"""Decode: a Value between projection and attention read backwards into a stream of an op's record,
+or a Refusal.
 
-The statement decoded is `y[i] = x[m(i)] * cos[a(i)] + sign(i) * x[p(i)] * sin[b(i)]` with optional row statistic,
-weight and row scale. Roles come from what a factor depends on and how it varies, never from names.
+The statement decoded is `y[i] = x[m(i)] * cos[a(i)] + sign(i) * x[p(i)] * sin[b(i)]` with optional
+row statistic, weight and row scale. Roles come from what a factor depends on and how it varies,
+never from names.
 """
 
 import dataclasses
 from collections.abc import Sequence
 
-from fxfuse.slots import Scalar, Slot
 from fxfuse.patterns import value as v
 from fxfuse.patterns.access import (
     Refused,
@@ -20,6 +21,7 @@ from fxfuse.patterns.access import (
 from fxfuse.patterns.record import Norm, Pair, Pass, Rotation, Stream
 from fxfuse.patterns.site import Access, Decoded
 from fxfuse.patterns.value import Atom, Factor, Index, Kind, Leaf, Term, Value
+from fxfuse.slots import Scalar, Slot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +36,9 @@ class _Entry:
 
 @dataclasses.dataclass(frozen=True)
 class _Statistic:
-    """rsqrt(mean of squares + eps): over `count` channels of `base`, from `start`, heads `stride` apart."""
+    """rsqrt(mean of squares + eps): over `count` channels of `base`, from `start`, heads `stride`
+    apart.
+    """
 
     base: Leaf
     count: int
@@ -57,7 +61,9 @@ class _Parts:
 
 
 def is_rotated(value: Value) -> bool:
-    """Whether two terms or more multiply one data source by tables of their own; or the norm of such a sum."""
+    """Whether two terms or more multiply one data source by tables of their own; or the norm of
+    such a sum.
+    """
     if len(value.terms) < 2:
         return any(_is_norm_of_sum(f.leaf) for t in value.terms for f in t.factors)
     common = set.intersection(*({f.leaf for f in t.factors} for t in value.terms))
@@ -82,9 +88,6 @@ def decode(slot: Slot, value: Value) -> Decoded:
     if _is_norm_of_sum(parts.source):
         return _after(slot, parts)
     return _before(slot, parts)
-
-
-# --- roles ----------------------------------------------------------------------------------------------------
 
 
 def _sort(value: Value) -> _Parts:
@@ -161,9 +164,6 @@ def _same_leaf(factors: Sequence[Factor | None], role: str) -> Factor | None:
     return factors[0]
 
 
-# --- the two orders of norm and rotation ----------------------------------------------------------------------
-
-
 def _before(slot: Slot, parts: _Parts) -> Decoded:
     """Norm before the rotation, or no norm."""
     statistic = _statistic(parts.statistic.leaf) if parts.statistic else None
@@ -172,6 +172,7 @@ def _before(slot: Slot, parts: _Parts) -> Decoded:
         statistic is not None
         and statistic.base is parts.source
         and statistic.stride == (heads[1] if heads else 0)
+        and _walked(parts.statistic) == _walked(parts.x[0])
     )
     channels = len(parts.value.terms[0].coefficients)
     starts = [
@@ -216,6 +217,12 @@ def _before(slot: Slot, parts: _Parts) -> Decoded:
         sin=_table(parts, sin, atoms) if sin else None,
         eps=statistic.eps if over_head and statistic else 0.0,
     )
+
+
+def _walked(factor: Factor | None) -> set[Atom]:
+    """The atoms that a factor varies along, the channels aside."""
+    axes = factor.axes if factor else ()
+    return {a for index in axes for a, stride in index.strides if stride}
 
 
 def _after(slot: Slot, parts: _Parts) -> Decoded:
@@ -267,9 +274,6 @@ def _order(value: Value, z: Factor) -> list[int]:
 def _is_whole(index: Index, dim: tuple[Atom, ...], value: Value) -> bool:
     explicit = value.explicit == dim
     return explicit and not index.strides and index.offsets == tuple(range(dim[0].size))
-
-
-# --- the row statistic ----------------------------------------------------------------------------------------
 
 
 def _statistic(leaf: Leaf) -> _Statistic:
@@ -334,9 +338,6 @@ def _real(number: complex) -> float:
     return float(number.real)
 
 
-# --- the rotation ---------------------------------------------------------------------------------------------
-
-
 def _entries(parts: _Parts, start: int) -> list[list[_Entry]]:
     """For each output channel, the products that make it up, in channels counted from `start`."""
     count = len(parts.value.terms[0].coefficients)
@@ -352,7 +353,9 @@ def _entries(parts: _Parts, start: int) -> list[list[_Entry]]:
 
 
 def _place(table: Factor, i: int) -> int:
-    """The table's channel; a complex table is read as its real view, real and imaginary parts in turn."""
+    """The table's channel; a complex table is read as its real view, real and imaginary parts in
+    turn.
+    """
     offset = table.axes[-1].offsets[i]
     return offset if not table.leaf.part else 2 * offset + (table.leaf.part == "im")
 
@@ -360,7 +363,9 @@ def _place(table: Factor, i: int) -> int:
 def _rotation(
     entries: list[list[_Entry]], channels: int
 ) -> tuple[Rotation | None, tuple[Pass, ...], float, Leaf | None, Leaf | None]:
-    """Pair the channels; returns the rotation, the passes, the common factor, and the two tables."""
+    """Pair the channels; returns the rotation, the passes, the common factor, and the two
+    tables.
+    """
     sizes = {abs(e.coefficient) for row in entries for e in row}
     if len(sizes) != 1:
         raise Refused(f"channels of different scale: {sorted(sizes)}")
@@ -457,9 +462,6 @@ def _passes(entries: list[list[_Entry]], plain: list[int]) -> tuple[Pass, ...]:
     return tuple(runs)
 
 
-# --- rows and operands ----------------------------------------------------------------------------------------
-
-
 def _head_stride(x: Factor) -> tuple[Atom, int] | None:
     """The head atom on the source's channel axis, and how far apart heads are."""
     strides = [(a, s) for a, s in x.axes[-1].strides if s]
@@ -490,7 +492,7 @@ def _rows(parts: _Parts) -> tuple[int | None, int | None, int | None]:
     }
     heads = [d for d in dims if head and head[0] in value.dims[d]]
     if not heads and len(dims) == 3:
-        heads = [d for d in (1, 2, 0) if d in dims and d not in turning][:1]
+        heads = [d for d in [1, 2, 0] if d in dims and d not in turning][:1]
     if set(heads) & turning:
         raise Refused("tables that differ by head")
     rest = [d for d in dims if d not in heads]
@@ -507,8 +509,9 @@ def _table(parts: _Parts, leaf: Leaf, atoms: Sequence[tuple[Atom, ...]]) -> Acce
 
 
 def _weight(parts: _Parts, start: int, when: str) -> tuple[Access | None, float]:
-    """The weight's operand and the number added to it. It must meet the channel it is written for: the source's
-    before the rotation, the result's after it."""
+    """The weight's operand and the number added to it. It must meet the channel it is written for:
+    the source's before the rotation, the result's after it.
+    """
     if parts.weight is None:
         return None, 0.0
     shift: set[int] = set()

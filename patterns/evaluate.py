@@ -1,7 +1,7 @@
 """Evaluate a Value from tensors at its leaves: the reader's own proof.
 
-For each term, every factor is gathered at its index maps, the factors are multiplied, the terms added. A leaf without
-a tensor is computed from its definition.
+For each term, every factor is gathered at its index maps, the factors are multiplied, the terms
+added. A leaf without a tensor is computed from its definition.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,7 +17,9 @@ def evaluate(
     tensors: Mapping[Leaf, torch.Tensor],
     size_of: Callable[[Atom], Size] = lambda atom: atom.size,
 ) -> torch.Tensor:
-    """The tensor a Value stands for, in the dtype of its leaves' tensors. `size_of` may give an atom another size."""
+    """The tensor a Value stands for, in the dtype of its leaves' tensors. `size_of` may give an
+    atom another size.
+    """
     dtype = next(iter(tensors.values())).dtype
     grid = _Grid(value, size_of)
     known = dict(tensors)

@@ -1,4 +1,6 @@
-"""A text that is equal for two decoded streams exactly when they are the same statement over other tensors."""
+"""A text that is equal for two decoded streams exactly when they are the same statement over other
+tensors.
+"""
 
 from typing import Any
 

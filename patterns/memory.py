@@ -5,10 +5,10 @@ from collections.abc import Mapping
 import torch
 from torch import fx
 
-from fxfuse.slots import Scalar, Slot
 from fxfuse.patterns.access import Refused
 from fxfuse.patterns.read import Reading
 from fxfuse.patterns.site import Decoded, StoreWrite
+from fxfuse.slots import Scalar, Slot
 
 
 class Memory:
@@ -38,7 +38,9 @@ class Memory:
         before: fx.Node,
         holder: Mapping[Slot, fx.Node],
     ) -> None:
-        """Raises Refused if an op before `before` would read or write other memory than the model's own calls."""
+        """Raises Refused if an op before `before` would read or write other memory than the model's
+        own calls.
+        """
         here = self.index[before]
         for decoded in streams:
             for access in decoded.accesses():

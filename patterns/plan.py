@@ -1,8 +1,9 @@
 """Plan: decoded streams joined into sites, one op each, where memory allows it.
 
-First the frontier: the last slot of each rotated value that a stream can make and that something outside needs. Then
-q and k that read the same tables are joined, and the cache writes of k and v with them. A fused op stands after its last
-input and before its first consumer; nothing in between may write what it reads, or touch what it stores to.
+First the frontier: the last slot of each rotated value that a stream can make and that something
+outside needs. Then q and k that read the same tables are joined, and the cache writes of k and v
+with them. A fused op stands after its last input and before its first consumer; nothing in between
+may write what it reads, or touch what it stores to.
 """
 
 import dataclasses
@@ -11,7 +12,6 @@ from collections.abc import Iterable
 import torch
 from torch import fx
 
-from fxfuse.slots import Call, Scalar, Slot, slots_of
 from fxfuse.patterns.access import Refused
 from fxfuse.patterns.decode import decode, is_rotated
 from fxfuse.patterns.memory import Memory
@@ -20,6 +20,7 @@ from fxfuse.patterns.read import Reading
 from fxfuse.patterns.record import Record
 from fxfuse.patterns.site import Decoded, Refusal, Site, StoreWrite, location
 from fxfuse.patterns.stores import find_stores, stored_copy
+from fxfuse.slots import Call, Scalar, Slot, slots_of
 
 aten = torch.ops.aten
 
@@ -58,7 +59,9 @@ class _Planner:
         self.reading = reading
         self.uses = Uses(reading)
         self.memory = Memory(reading)
-        self.stores = find_stores(reading) if store else []
+        self.stores, self.no_stores = find_stores(reading)
+        self.may_store = store
+        self.store_reasons: dict[Call, str] = {}
         self.absorbed: set[Call] = set()
         self.streams: list[Decoded] = []
         self.refused: dict[Slot, tuple[str, str]] = {}
@@ -86,10 +89,10 @@ class _Planner:
         self._report_refusals()
         return self.plan
 
-    # --- the frontier -----------------------------------------------------------------------------------------
-
     def _visit(self, call: Call) -> None:
-        """Calls come last to first: one whose results nobody outside a stream needs is part of that stream."""
+        """Calls come last to first: one whose results nobody outside a stream needs is part of that
+        stream.
+        """
         if not call.outs or call.writes or call not in self.reading.relations:
             return
         if not any(self._is_needed(slot) for slot in call.outs):
@@ -110,8 +113,9 @@ class _Planner:
             self.plan.disproved.append(f"{slot.node.name}: {reason}")
 
     def _computes(self, call: Call) -> bool:
-        """Whether a call's result is a stream's end: no view, but for the one that merges pairs into channels, as
-        the flatten after a stack or after view_as_real."""
+        """Whether a call's result is a stream's end: no view, but for the one that merges pairs
+        into channels, as the flatten after a stack or after view_as_real.
+        """
         if self.reading.relations[call] != "view":
             return True
         x, y = self.reading.values[call.inputs()[0]].dims, self.reading.values[call.outs[0]].dims
@@ -141,16 +145,16 @@ class _Planner:
         self.streams.append(dataclasses.replace(decoded, stream=stream))
         self.absorbed.add(call)
 
-    # --- sites ------------------------------------------------------------------------------------------------
-
     def _joinable(self, a: Decoded, b: Decoded) -> bool:
         """Streams of one attention: they turn by the same rows of the same tables."""
         return a.cos == b.cos and a.sin == b.sin and a.value.dtype == b.value.dtype
 
     def _site(self, a: Decoded, b: Decoded | None) -> Site | None:
-        """The site of one or two streams with as many stores as memory allows; None if it allows no site."""
+        """The site of one or two streams with as many stores as memory allows; None if it allows no
+        site.
+        """
         q, k = self._roles(a, b)
-        k_store = self._store_of(k) if k is not None else None
+        k_store = self._store_of(k) if k is not None and self.may_store else None
         v_store = self._partner_store(k_store) if k_store else None
         reasons: list[str] = []
         for stores in ([k_store, v_store], [k_store, None], [None, None]):
@@ -159,6 +163,7 @@ class _Planner:
                     return self._place(q, k, *stores)
                 except Refused as reason:
                     reasons.append(str(reason))
+                    self.store_reasons |= {s.call: str(reason) for s in stores if s}
         if b is None:
             self.refused[a.slot] = ("plan", reasons[-1])
         return None
@@ -173,7 +178,9 @@ class _Planner:
         return a, b
 
     def _operand_of_attention(self, decoded: Decoded) -> int | None:
-        """Which operand of attention (or of a matmul) the stream's result becomes through views and repeats."""
+        """Which operand of attention (or of a matmul) the stream's result becomes through views and
+        repeats.
+        """
         waiting, seen = [decoded.slot], set()
         while waiting:
             slot = waiting.pop()
@@ -203,7 +210,9 @@ class _Planner:
         return slot
 
     def _partner_store(self, k_store: StoreWrite) -> StoreWrite | None:
-        """v's store: at the same slots, into other memory, of a value that is a view of a projection."""
+        """v's store: at the same slots, into other memory, of a value that is a view of a
+        projection.
+        """
         for store in self.stores:
             same_place = store.slots is k_store.slots and store.record == k_store.record
             if store is k_store or not same_place:
@@ -271,8 +280,9 @@ class _Planner:
     def _position(
         self, results: Iterable[Decoded], stores: list[StoreWrite]
     ) -> tuple[fx.Node, tuple[fx.Node, ...]]:
-        """The node the op is inserted before: the site's last store, else the first consumer of its results; and the
-        views of its results that must move behind it."""
+        """The node the op is inserted before: the site's last store, else the first consumer of its
+        results; and the views of its results that must move behind it.
+        """
         index = self.memory.index
         own = {s.call.node for s in stores}
         consumers, views = [], []
@@ -289,10 +299,10 @@ class _Planner:
         early = {v for v in views if index[v] < index[before]}
         return before, tuple(sorted(early, key=index.__getitem__))
 
-    # --- refusals ---------------------------------------------------------------------------------------------
-
     def _report_refusals(self) -> None:
-        """One refusal for each rotated value that no site makes; what a site makes otherwise is no refusal."""
+        """One refusal for each rotated value that no site makes; what a site makes otherwise is no
+        refusal.
+        """
         made = {d.slot for site in self.plan.sites for d in site.streams()}
         reported: set[Slot] = set()
         for slot, (stage, reason) in self.refused.items():
@@ -301,18 +311,31 @@ class _Planner:
                 continue
             reported.add(slot)
             self.plan.refusals.append(Refusal(stage, slot.node.name, reason, location(slot.node)))
-        fused_stores = {s.call for site in self.plan.sites for s in site.stores()}
-        for store in self.stores:
-            if store.call not in fused_stores and self._origin(store.value) in made:
-                self.plan.refusals.append(
-                    Refusal(
-                        "store",
-                        store.call.node.name,
-                        "the cache write is left to the model: another op touches the cache, or the "
-                        "result is read before it is stored",
-                        location(store.call.node),
-                    )
-                )
+        for site in self.plan.sites:
+            if site.k is not None and site.k_store is None and self.may_store:
+                self._report_writes(site.k)
+
+    def _report_writes(self, decoded: Decoded) -> None:
+        """Why the cache writes of a fused result stay the model's."""
+        for call in self._final_consumers(decoded.slot):
+            reason = self.store_reasons.get(call) or self.no_stores.get(call)
+            if call.op == aten.cat.default:
+                reason = "a cache that grows by cat is made anew, not written to"
+            elif reason is None and call.writes:
+                reason = f"{call.op} is no cache write that is known"
+            if reason is not None:
+                node = call.node
+                self.plan.refusals.append(Refusal("store", node.name, reason, location(node)))
+
+    def _final_consumers(self, slot: Slot) -> list[Call]:
+        """The calls that read a result, seen through views."""
+        found = []
+        for call in self.uses.consumers.get(slot, []):
+            if call in self.absorbed:
+                continue
+            through = call.node in self.view_nodes
+            found += [c for o in call.outs for c in self._final_consumers(o)] if through else [call]
+        return found
 
     def _below(self, slot: Slot) -> set[Slot]:
         """The slots a value was made from, through calls that were read."""
@@ -329,7 +352,9 @@ class _Planner:
 
 
 def _is_heads_first(decoded: Decoded) -> bool:
-    """The memory order the graph's own result has, or its dims' order where the sizes leave it open."""
+    """The memory order the graph's own result has, or its dims' order where the sizes leave it
+    open.
+    """
     _, token, head = decoded.rows
     if token is None or head is None:
         return False
@@ -341,7 +366,9 @@ def _is_heads_first(decoded: Decoded) -> bool:
 
 
 def _rows_fit(reading: Reading, store: StoreWrite, decoded: Decoded) -> bool:
-    """Whether the stored value's dims are the stream's batch, head and token axes in the cache's order."""
+    """Whether the stored value's dims are the stream's batch, head and token axes in the cache's
+    order.
+    """
     order = (0, 2, 1) if store.record.heads_first else (0, 1, 2)
     dims = reading.values[store.value].dims
     if len(dims) != 4 or None in decoded.rows:
@@ -351,5 +378,7 @@ def _rows_fit(reading: Reading, store: StoreWrite, decoded: Decoded) -> bool:
 
 
 def plan(reading: Reading, *, store: bool) -> Plan:
-    """Plan the sites of a graph; store=False leaves every cache write to the model (a training graph)."""
+    """Plan the sites of a graph; store=False leaves every cache write to the model (a training
+    graph).
+    """
     return _Planner(reading, store).run()

@@ -1,8 +1,10 @@
-"""Prove: a decoded stream's Value and the op's reference, run on small random float64 inputs, must agree.
+"""Prove: a decoded stream's Value and the op's reference, run on small random float64 inputs, must
+agree.
 
-The Value is evaluated from random tensors at its leaves, the reference from views of the same tensors. Batch and token
-axes are shrunk to a few rows where one atom walks them alone. Random numbers come from a Generator of this module: the
-user's random state, default device and default dtype are neither felt nor touched.
+The Value is evaluated from random tensors at its leaves, the reference from views of the same
+tensors. Batch and token axes are shrunk to a few rows where one atom walks them alone. Random
+numbers come from a Generator of this module: the user's random state, default device and default
+dtype are neither felt nor touched.
 """
 
 import dataclasses
@@ -10,18 +12,20 @@ import dataclasses
 import torch
 
 from fxfuse import reference
-from fxfuse.slots import Scalar
 from fxfuse.patterns.evaluate import evaluate
 from fxfuse.patterns.fingerprint import fingerprint
 from fxfuse.patterns.site import Access, Decoded
 from fxfuse.patterns.value import Atom, Definition, Index, Leaf, Size, Value
+from fxfuse.slots import Scalar
 
 TOLERANCE = 1e-9
 MAX_ELEMENTS = 1 << 24
 
 
 class Disproved(Exception):
-    """The reference computes something else than the graph: a bug of fxfuse, found before it could matter."""
+    """The reference computes something else than the graph: a bug of fxfuse, found before it could
+    matter.
+    """
 
 
 class Untried(Exception):
@@ -32,7 +36,9 @@ _proved: set[str] = set()
 
 
 def prove(decoded: Decoded) -> None:
-    """Raises Disproved or Untried unless the stream computes what its Value says. Proofs are remembered."""
+    """Raises Disproved or Untried unless the stream computes what its Value says. Proofs are
+    remembered.
+    """
     key = f"{decoded.stream} {fingerprint(decoded)}"
     if key in _proved:
         return

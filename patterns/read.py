@@ -1,7 +1,8 @@
 """Read: one forward pass of abstract interpretation over the lens's calls; every slot gets a Value.
 
-Memory comes before algebra. Each storage has a version; a write raises it; a slot whose storage has been written since
-its Value was made is a fresh leaf of the present version, through whatever alias it is read.
+Memory comes before algebra. Each storage has a version; a write raises it; a slot whose storage has
+been written since its Value was made is a fresh leaf of the present version, through whatever alias
+it is read.
 """
 
 import dataclasses
@@ -12,10 +13,10 @@ import torch
 from torch import fx
 from torch.fx.node import map_aggregate
 
-from fxfuse.slots import Call, Scalar, Slot, View, slots_of
 from fxfuse.patterns import value as v
 from fxfuse.patterns.transfer import TRANSFERS, Relation, Result, is_exact_cast
 from fxfuse.patterns.value import Definition, Kind, Leaf, Opaque, Value
+from fxfuse.slots import Call, Scalar, Slot, View, slots_of
 
 aten = torch.ops.aten
 
@@ -39,7 +40,9 @@ PROJECTIONS = frozenset(
 
 @dataclasses.dataclass
 class Reading:
-    """What the reader found: a Value and a Kind for each slot, and each storage's writes by call position."""
+    """What the reader found: a Value and a Kind for each slot, and each storage's writes by call
+    position.
+    """
 
     view: View
     values: dict[Slot, Value]
@@ -140,7 +143,9 @@ class _Reader:
         self.reading.values.update(zip(call.outs, values, strict=True))
 
     def _leaf_after(self, call: Call, slot: Slot) -> Value:
-        """A leaf for an opaque result; if the call writes to its storage, the leaf is of the version after."""
+        """A leaf for an opaque result; if the call writes to its storage, the leaf is of the
+        version after.
+        """
         if any(w.storage == slot.storage for w in call.writes):
             version = self.versions.get(slot.storage, 0)
             self.versions[slot.storage] = version + 1
@@ -187,7 +192,9 @@ class _Reader:
         ]
 
     def _is_leaf_arithmetic(self, call: Call, relation: Relation, args: Any) -> bool:
-        """Tables and weights: arithmetic and rounding on them stay outside and are loaded as they are."""
+        """Tables and weights: arithmetic and rounding on them stay outside and are loaded as they
+        are.
+        """
         if relation == "same":
             return not is_exact_cast(args[0].dtype, call.outs[0].dtype)
         return relation == "compute"

@@ -1,7 +1,9 @@
-"""The record of a fused site: everything that shapes its result, and nothing of the graph it came from.
+"""The record of a fused site: everything that shapes its result, and nothing of the graph it came
+from.
 
-A record is plain frozen data. It prints as the report shows it, `to_text` is the string an fxfuse op carries in the
-graph, and `from_text` reads it back. Two sites with equal records share one proof and one compiled kernel.
+A record is plain frozen data. It prints as the report shows it, `to_text` is the string an fxfuse
+op carries in the graph, and `from_text` reads it back. Two sites with equal records share one proof
+and one compiled kernel.
 """
 
 import dataclasses
@@ -21,7 +23,8 @@ class Pair:
 
 @dataclasses.dataclass(frozen=True)
 class Rotation:
-    """A rotation of `pairs` channel pairs; for each k in range(pairs), with every index taken from its Pair:
+    """A rotation of `pairs` channel pairs; for each k in range(pairs), with every index taken from
+    its Pair:
 
     y[y.first]  = x[x.first]  * cos[cos.first]  + signs[0] * x[x.second] * sin[sin.first]
     y[y.second] = x[x.second] * cos[cos.second] + signs[1] * x[x.first]  * sin[sin.second]
@@ -37,7 +40,9 @@ class Rotation:
 
 @dataclasses.dataclass(frozen=True)
 class Pass:
-    """Channels that go through unrotated: y[y_start + i] = x[x_start + i] for i in range(length)."""
+    """Channels that go through unrotated: y[y_start + i] = x[x_start + i] for i in
+    range(length).
+    """
 
     x_start: int
     y_start: int
@@ -48,10 +53,12 @@ class Pass:
 class Norm:
     """RMSNorm of a head: x * rsqrt(mean(x * x) + eps) * (weight + weight_offset), in float32.
 
-    over           "head": the statistic is taken over the head's channels inside the op; "given": the graph computed it
-                   (a norm over the whole hidden width) and hands it over as the stream's row scale.
+    over           "head": the statistic is taken over the head's channels inside the op; "given":
+                   the graph computed it (a norm over the whole hidden width) and hands it over as
+                   the stream's row scale.
     when           "before" or "after" the rotation; decides also which channels the weight meets.
-    has_weight     False for a norm without weight; the weight is [D], or [H, D] when it differs by head.
+    has_weight     False for a norm without weight; the weight is [D], or [H, D] when it differs by
+                   head.
     weight_offset  1.0 for Gemma's (1 + weight), added in float32.
     """
 
@@ -66,7 +73,8 @@ class Stream:
     """What happens to one of q, k, v between its projection and attention.
 
     channels     D, of the input row and of the output row
-    has_scale    a row scale tensor multiplies the result; with Norm.over == "given" it is the statistic
+    has_scale    a row scale tensor multiplies the result; with Norm.over == "given" it is the
+                 statistic
     scale        a constant factor of the result
     dtype        of the result, a torch dtype's name
     heads_first  memory order of the result: [B, H, T, D] dense if true, else [B, T, H, D] dense
@@ -89,7 +97,8 @@ class Store:
     """Rows of k (and v) written into caches at cache[b, g, slots[t]] or cache[b, slots[t], g].
 
     heads_first  the cache is [B, G, S, D] if true, else [B, S, G, D]
-    negative     what slot -1 means: "invalid" (index_copy_: never given) or "wrap" (index_put_: the last slot)
+    negative     what slot -1 means: "invalid" (index_copy_: never given) or "wrap" (index_put_: the
+                 last slot)
     """
 
     heads_first: bool
@@ -98,7 +107,9 @@ class Store:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One fused site: streams q, k and v (v only where it is stored), and where k and v are stored."""
+    """One fused site: streams q, k and v (v only where it is stored), and where k and v are
+    stored.
+    """
 
     q: Stream
     k: Stream | None = None
@@ -131,5 +142,5 @@ def _stream(data: dict[str, Any]) -> Stream:
 
 
 def _rotation(data: dict[str, Any]) -> Rotation:
-    pairs = {name: Pair(**data.pop(name)) for name in ("x", "y", "cos", "sin")}
-    return Rotation(signs=tuple(data.pop("signs")), **pairs, **data)
+    x, y, cos, sin = (Pair(**data[name]) for name in ("x", "y", "cos", "sin"))
+    return Rotation(data["pairs"], x, y, cos, sin, signs=tuple(data["signs"]))

@@ -1,4 +1,6 @@
-"""What decoding hands on: streams found in a graph, the sites planned from them, and refusals that say why not."""
+"""What decoding hands on: streams found in a graph, the sites planned from them, and refusals that
+say why not.
+"""
 
 import dataclasses
 from typing import Any, TypeAlias
@@ -6,16 +8,18 @@ from typing import Any, TypeAlias
 import torch
 from torch import fx
 
-from fxfuse.slots import Call, Scalar, Slot
 from fxfuse.patterns.record import Record, Store, Stream
 from fxfuse.patterns.value import Leaf, Value
+from fxfuse.slots import Call, Scalar, Slot
 
 Step: TypeAlias = tuple[Any, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Access:
-    """How an op's operand is seen in a leaf's tensor: views applied in order, each (method name, *arguments)."""
+    """How an op's operand is seen in a leaf's tensor: views applied in order, each (method name,
+    *arguments).
+    """
 
     leaf: Leaf
     steps: tuple[Step, ...]
@@ -28,9 +32,11 @@ class Access:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Decoded:
-    """One tensor between projection and attention, as an op's stream: its record, and where its operands are.
+    """One tensor between projection and attention, as an op's stream: its record, and where its
+    operands are.
 
-    rows: the dim of the decoded value that is the op's batch, token and head axis; None where it has none.
+    rows: the dim of the decoded value that is the op's batch, token and head axis; None where it
+    has none.
     """
 
     slot: Slot
@@ -64,7 +70,9 @@ class Refusal:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class StoreWrite:
-    """One write of a decoded value into a cache: `cache[..., slots, ...] = value` along its token axis."""
+    """One write of a decoded value into a cache: `cache[..., slots, ...] = value` along its token
+    axis.
+    """
 
     call: Call
     cache: Slot
@@ -75,8 +83,9 @@ class StoreWrite:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Site:
-    """One fused op: its record, its streams (q first), its stores, the node it is inserted before, and views of its
-    results that the model takes before that node and that move behind the op."""
+    """One fused op: its record, its streams (q first), its stores, the node it is inserted before,
+    and views of its results that the model takes before that node and that move behind the op.
+    """
 
     record: Record
     q: Decoded

@@ -1,29 +1,33 @@
 """Cache layouts: the ways a graph writes rows into a KV cache, one table entry each.
 
-An entry reads one ATen call into a `StoreWrite`, or says None. To add a layout, write a function under
-`@cache_layout(op)` and a test in tests/test_stores.py.
+An entry reads one ATen call into a `StoreWrite`, or raises Refused. To add a layout, write one
+function under `@cache_layout(op)` and one test in tests/test_memory.py.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 
-from fxfuse.slots import Call, Slot
+from fxfuse.patterns.access import Refused
 from fxfuse.patterns.read import Reading
 from fxfuse.patterns.record import Pass, Store, Stream
 from fxfuse.patterns.site import Access, Decoded, StoreWrite
 from fxfuse.patterns.value import Leaf
+from fxfuse.slots import Call, Slot
 
 aten = torch.ops.aten
 
-LAYOUTS: dict[Any, Callable[[Call], StoreWrite | None]] = {}
+Negative: TypeAlias = Literal["invalid", "wrap"]
+
+LAYOUTS: dict[Any, Callable[[Call], StoreWrite]] = {}
+F = TypeVar("F", bound=Callable[[Call], StoreWrite])
 
 
-def cache_layout(
-    op: Any,
-) -> Callable[[Callable[[Call], StoreWrite | None]], Callable[[Call], StoreWrite | None]]:
-    def register(read: Callable[[Call], StoreWrite | None]) -> Callable[[Call], StoreWrite | None]:
+def cache_layout(op: Any) -> Callable[[F], F]:
+    """Enter a reader of one op's cache writes; it raises Refused for its other writes."""
+
+    def register(read: F) -> F:
         LAYOUTS[op] = read
         return read
 
@@ -31,50 +35,64 @@ def cache_layout(
 
 
 @cache_layout(aten.index_copy_.default)
-def _index_copy(call: Call) -> StoreWrite | None:
-    """cache.index_copy_(dim, slots, value), along the third axis of [B, G, S, D] or the second of [B, S, G, D]."""
+def _index_copy(call: Call) -> StoreWrite:
+    """cache.index_copy_(dim, slots, value), of [B, G, S, D] (dim 2) or [B, S, G, D] (dim 1)."""
     cache, dim, slots, value = call.args
-    return _write(call, cache, dim % len(cache.shape), slots, value, "invalid")
+    return _rows(call, cache, dim % len(cache.shape), slots, value, "invalid")
 
 
 @cache_layout(aten.index_put_.default)
-def _index_put(call: Call) -> StoreWrite | None:
+def _index_put(call: Call) -> StoreWrite:
     """cache[:, :, slots] = value: an index on the token axis alone, no accumulation."""
     cache, indices, value, *accumulate = call.args
     given = [d for d, i in enumerate(indices) if i is not None]
     if len(given) != 1 or any(accumulate) or call.kwargs.get("accumulate"):
-        return None
-    return _write(call, cache, given[0], indices[given[0]], value, "wrap")
+        raise Refused("an index_put_ that is no plain write of rows")
+    return _rows(call, cache, given[0], indices[given[0]], value, "wrap")
 
 
-def _write(
-    call: Call,
-    cache: Slot,
-    dim: int,
-    slots: Slot,
-    value: Slot,
-    negative: Literal["invalid", "wrap"],
-) -> StoreWrite | None:
-    is_index = slots.dtype in (torch.int64, torch.int32) and len(slots.shape) == 1
-    if len(cache.shape) != 4 or dim not in (1, 2) or not is_index:
-        return None
-    rows = value.shape
-    if len(rows) != 4 or rows[dim] != slots.shape[0] or cache.dtype != value.dtype:
-        return None
-    if any(rows[d] != cache.shape[d] for d in range(4) if d != dim):
-        return None
+def _rows(
+    call: Call, cache: Slot, dim: int, slots: Slot, value: Slot, negative: Negative
+) -> StoreWrite:
+    """Whole rows at the slots of a [B, G, S, D] or [B, S, G, D] cache, the same for all of B."""
+    if len(cache.shape) != 4 or len(value.shape) != 4 or dim not in (1, 2):
+        raise Refused(f"a write along axis {dim} of a cache of {len(cache.shape)} axes")
+    if slots.dtype not in (torch.int64, torch.int32) or len(slots.shape) != 1:
+        raise Refused("slots that are no vector of integers")
+    if cache.dtype != value.dtype:
+        raise Refused(f"a cache of {cache.dtype} for rows of {value.dtype}")
+    wanted = [*cache.shape[:dim], slots.shape[0], *cache.shape[dim + 1 :]]
+    if list(value.shape) != wanted:
+        raise Refused(f"rows of shape {list(value.shape)} where the cache takes {wanted}")
     return StoreWrite(call, cache, slots, value, Store(heads_first=dim == 2, negative=negative))
 
 
-def find_stores(reading: Reading) -> list[StoreWrite]:
-    """The cache writes of a graph, in order: into a whole input, or into memory the graph made itself."""
+def find_stores(reading: Reading) -> tuple[list[StoreWrite], dict[Call, str]]:
+    """The cache writes of a graph, in order, and why other writes of known ops are none.
+
+    A cache is a whole input of the graph, or memory the graph made itself.
+    """
     given = {slot.storage for slot in reading.values if slot.call is None}
-    found = [LAYOUTS[c.op](c) for c in reading.view.calls if c.op in LAYOUTS]
-    return [s for s in found if s and (s.cache.call is None or s.cache.storage not in given)]
+    stores, refused = [], {}
+    for call in reading.view.calls:
+        if call.op not in LAYOUTS:
+            continue
+        try:
+            store = LAYOUTS[call.op](call)
+        except Refused as reason:
+            refused[call] = str(reason)
+            continue
+        if store.cache.call is not None and store.cache.storage in given:
+            refused[call] = "a cache that is a part of another tensor"
+        else:
+            stores.append(store)
+    return stores, refused
 
 
 def stored_copy(reading: Reading, store: StoreWrite) -> Decoded | None:
-    """v as a stream: the stored rows as they are, if they are a plain view of one tensor of the graph."""
+    """v as a stream: the stored rows as they are, if they are a plain view of one tensor of the
+    graph.
+    """
     value, slot = reading.values[store.value], store.value
     plain = len(value.terms) == 1 and len(value.terms[0].factors) == 1
     if not plain or set(value.terms[0].coefficients) != {1.0} or len(value.dims) != 4:

@@ -6,13 +6,14 @@ One entry an op. An entry says how its result relates to memory and to tables:
     same      the same elements in memory of their own, or in another float dtype
     compute   arithmetic; on tables alone, or on weights alone, its result is a new leaf
 
-A transfer gets a `Result` (the shape and dtype the op really gave, and a way to name a leaf) and the op's arguments
-with tensors as Values. An op without an entry, and a transfer that raises `Opaque`, give a fresh leaf.
+A transfer gets a `Result` (the shape and dtype the op really gave, and a way to name a leaf) and
+the op's arguments with tensors as Values. An op without an entry, and a transfer that raises
+`Opaque`, give a fresh leaf.
 """
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 
@@ -27,7 +28,8 @@ Relation = Literal["view", "same", "compute"]
 @dataclasses.dataclass(frozen=True)
 class Result:
     """What the op really returned. `name(definition)` makes its result a leaf with that definition;
-    `name(definition, shape)` a leaf that no node of the graph holds; `number` makes a Value of a scalar."""
+    `name(definition, shape)` a leaf that no node of the graph holds; `number` makes a Value of a
+    scalar."""
 
     shape: tuple[Size, ...]
     dtype: torch.dtype
@@ -37,6 +39,7 @@ class Result:
 
 
 Function: TypeAlias = Callable[..., Value | Sequence[Value]]
+F = TypeVar("F", bound=Function)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +51,8 @@ class Transfer:
 TRANSFERS: dict[Any, Transfer] = {}
 
 
-def transfer(relation: Relation, *ops: Any) -> Callable[[Function], Function]:
-    def register(function: Function) -> Function:
+def transfer(relation: Relation, *ops: Any) -> Callable[[F], F]:
+    def register(function: F) -> F:
         TRANSFERS.update({op: Transfer(relation, function) for op in ops})
         return function
 
@@ -58,9 +61,6 @@ def transfer(relation: Relation, *ops: Any) -> Callable[[Function], Function]:
 
 def _dim(x: Value, dim: int) -> int:
     return dim % len(x.dims) if x.dims else 0
-
-
-# --- views ----------------------------------------------------------------------------------------------------
 
 
 @transfer("view", aten.view.default, aten._unsafe_view.default, aten.reshape.default)
@@ -162,9 +162,6 @@ def _view_as_real(result: Result, z: Value) -> Value:
     return v.concatenate(parts, last)
 
 
-# --- the same elements ----------------------------------------------------------------------------------------
-
-
 @transfer("same", aten.clone.default, aten.contiguous.default, aten.lift_fresh_copy.default)
 def _clone(result: Result, x: Value, **kwargs: Any) -> Value:
     return x
@@ -249,9 +246,6 @@ def _roll(result: Result, x: Value, shifts: Sequence[int], dims: Sequence[int] =
     return v.concatenate([tail, head], dim)
 
 
-# --- arithmetic -----------------------------------------------------------------------------------------------
-
-
 def _operand(result: Result, x: Any) -> Value:
     return x if isinstance(x, Value) else result.number(x)
 
@@ -329,9 +323,6 @@ def _sum(
     return total if keepdim else v.squeeze(total, [dim])
 
 
-# --- row statistics: leaves with definitions, decoded backwards -----------------------------------------------
-
-
 def _square(result: Result, x: Value) -> Value:
     """x * x; a sum of terms gets a name first, so that the square keeps one term."""
     if len(x.terms) > 1:
@@ -401,7 +392,7 @@ def _reciprocal(result: Result, x: Value) -> Value:
 def _mean(
     result: Result, x: Value, dims: Sequence[int] | None, keepdim: bool = False, **kwargs: Any
 ) -> Value:
-    every = range(len(x.dims)) if not dims else dims
+    every = dims or range(len(x.dims))
     return result.name(Definition("mean", (x,), (tuple(_dim(x, d) for d in every), keepdim)))
 
 

@@ -1,9 +1,11 @@
-"""The value domain: what a tensor holds, as a sum of products of leaf tensors read through affine index maps.
+"""The value domain: what a tensor holds, as a sum of products of leaf tensors read through affine
+index maps.
 
-A `Value` is `sum over terms of coefficient * product of factors`. Its dims are products of atoms (sizes with an
-identity, so a view is bookkeeping), a factor is a leaf tensor with one `Index` for each leaf axis: an offset plus a
-stride for each atom. Most atoms stay affine. Where a cat, stack or flip makes an index irregular, its atom becomes
-explicit: offsets and coefficients are then tuples over the explicit atoms, row-major in `Value.explicit` order.
+A `Value` is `sum over terms of coefficient * product of factors`. Its dims are products of atoms
+(sizes with an identity, so a view is bookkeeping), a factor is a leaf tensor with one `Index` for
+each leaf axis: an offset plus a stride for each atom. Most atoms stay affine. Where a cat, stack or
+flip makes an index irregular, its atom becomes explicit: offsets and coefficients are then tuples
+over the explicit atoms, row-major in `Value.explicit` order.
 
 What the domain cannot hold raises `Opaque`; the reader then makes the result a fresh leaf.
 """
@@ -40,7 +42,9 @@ class Atom:
 
 
 class Kind(Enum):
-    """What a leaf depends on: parameters alone, positions and constants alone, or the user's data."""
+    """What a leaf depends on: parameters alone, positions and constants alone, or the user's
+    data.
+    """
 
     WEIGHT = "weight"
     TABLE = "table"
@@ -49,7 +53,9 @@ class Kind(Enum):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Definition:
-    """How a leaf was computed, for decoding backwards: the op's short name, its operands and its parameters."""
+    """How a leaf was computed, for decoding backwards: the op's short name, its operands and its
+    parameters.
+    """
 
     op: str
     operands: tuple["Value", ...]
@@ -58,8 +64,10 @@ class Definition:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Leaf:
-    """A tensor that is read as it is. `slot` is the lens slot that holds it (None: no node of the graph does),
-    `version` its storage's version when it was read, `part` "re" or "im" of a complex tensor."""
+    """A tensor that is read as it is. `slot` is the lens slot that holds it (None: no node of the
+    graph does), `version` its storage's version when it was read, `part` "re" or "im" of a complex
+    tensor.
+    """
 
     number: int
     shape: tuple[Size, ...]
@@ -145,9 +153,6 @@ def constant(number: complex, dtype: torch.dtype) -> Value:
     return Value((), (), (Term((number,), ()),), dtype)
 
 
-# --- explicit atoms -------------------------------------------------------------------------------------------
-
-
 def _count(atoms: Sequence[Atom]) -> int:
     count = product(a.size for a in atoms)
     if not isinstance(count, int) or count > MAX_EXPLICIT:
@@ -156,7 +161,9 @@ def _count(atoms: Sequence[Atom]) -> int:
 
 
 def _positions(old: Sequence[Atom], new: Sequence[Atom]) -> list[int]:
-    """For each row-major position over `new`, the position over `old` (whose atoms are all among `new`)."""
+    """For each row-major position over `new`, the position over `old` (whose atoms are all among
+    `new`).
+    """
     steps = {}
     step = 1
     for atom in reversed(old):
@@ -182,7 +189,9 @@ def _take(value: Value, positions: Sequence[int], explicit: tuple[Atom, ...]) ->
             tuple(
                 Factor(
                     f.leaf,
-                    tuple(Index(tuple([i.offsets[p] for p in positions]), i.strides) for i in f.axes),
+                    tuple(
+                        Index(tuple([i.offsets[p] for p in positions]), i.strides) for i in f.axes
+                    ),
                 )
                 for f in t.factors
             ),
@@ -256,12 +265,7 @@ def _rename(value: Value, names: dict[Atom, tuple[tuple[Atom, int], ...]]) -> Va
     def each(atoms: tuple[Atom, ...]) -> tuple[Atom, ...]:
         return tuple(new for a in atoms for new, _ in names.get(a, ((a, 1),)))
 
-    return _rebuild(
-        value, change, dims=tuple(map(each, value.dims)), explicit=each(value.explicit)
-    )
-
-
-# --- shapes ---------------------------------------------------------------------------------------------------
+    return _rebuild(value, change, dims=tuple(map(each, value.dims)), explicit=each(value.explicit))
 
 
 def permute(value: Value, order: Sequence[int]) -> Value:
@@ -372,9 +376,7 @@ def _narrow_explicit(value: Value, dim: int, start: int, step: int, length: int)
     chosen = [start + step * i for i in range(length)]
     positions = [r * old.size + c for r in range(rows) for c in chosen]
     if length == 1:
-        return dataclasses.replace(
-            _take(value, positions, others), dims=_with(value.dims, dim, ())
-        )
+        return dataclasses.replace(_take(value, positions, others), dims=_with(value.dims, dim, ()))
     return dataclasses.replace(
         _take(value, positions, (*others, new)), dims=_with(value.dims, dim, (new,))
     )
@@ -407,15 +409,10 @@ def _pad(value: Value, dim: int, start: int, total: int) -> Value:
     mask = [start <= i < start + old.size for _ in range(rows) for i in range(total)]
     value = _take(value, inside, (*others, new))
     terms = tuple(
-        Term(
-            tuple([c if m else 0.0 for c, m in zip(t.coefficients, mask, strict=True)]), t.factors
-        )
+        Term(tuple([c if m else 0.0 for c, m in zip(t.coefficients, mask, strict=True)]), t.factors)
         for t in value.terms
     )
     return dataclasses.replace(value, terms=terms, dims=_with(value.dims, dim, (new,)))
-
-
-# --- arithmetic -----------------------------------------------------------------------------------------------
 
 
 def refresh(value: Value) -> Value:
@@ -424,12 +421,12 @@ def refresh(value: Value) -> Value:
 
 
 def align(a: Value, b: Value) -> tuple[Value, Value, tuple[tuple[Atom, ...], ...]]:
-    """Broadcast two values against each other: the same atoms, the same explicit order; and the joint dims."""
+    """Broadcast two values against each other: the same atoms, the same explicit order; and the
+    joint dims.
+    """
     b = refresh(b)
     rank = max(len(a.dims), len(b.dims))
-    a, b = (
-        dataclasses.replace(v, dims=((),) * (rank - len(v.dims)) + v.dims) for v in (a, b)
-    )
+    a, b = (dataclasses.replace(v, dims=((),) * (rank - len(v.dims)) + v.dims) for v in (a, b))
     for i in range(rank):
         a, b = _align_dim(a, b, i)
     dims = tuple(x or y for x, y in zip(a.dims, b.dims, strict=True))
@@ -499,10 +496,10 @@ def scaled(value: Value, by: complex, dtype: torch.dtype | None = None) -> Value
 
 
 def mapped(value: Value, change: Callable[[complex], complex], dtype: torch.dtype) -> Value:
-    """Apply `change` (conjugate, real part, imaginary part) to the coefficients; the leaves are real."""
-    terms = tuple(
-        Term(tuple([change(c) for c in t.coefficients]), t.factors) for t in value.terms
-    )
+    """Apply `change` (conjugate, real part, imaginary part) to the coefficients; the leaves are
+    real.
+    """
+    terms = tuple(Term(tuple([change(c) for c in t.coefficients]), t.factors) for t in value.terms)
     kept = tuple(t for t in terms if any(t.coefficients))
     return dataclasses.replace(value, terms=kept, dtype=dtype)
 
