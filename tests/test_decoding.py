@@ -1,0 +1,229 @@
+"""Decoding: one statement, however it is spelled, gives one record."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fxfuse.patterns.record import Norm, Pair, Pass, Rotation, Stream
+from tests import spellings
+from tests.spellings import NORMS, ROPES, Rope, gemma, inverted, llama, rsqrt, weightless
+from tests.toys import Attention, Sizes, compiled_like_eager, explain, hidden_states
+
+pytestmark = pytest.mark.null
+
+# Compiling takes half a second an example.
+quick = settings(
+    max_examples=6,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.differing_executors],
+)
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    torch._dynamo.reset()
+
+
+def half_pairs(
+    channels: int, *, tables: str = "full", signs: tuple[int, int] = (-1, 1)
+) -> Rotation:
+    half = channels // 2
+    place = Pair(0, half, 1)
+    table = place if tables == "full" else Pair(0, 0, 1)
+    return Rotation(half, x=place, y=place, cos=table, sin=table, signs=signs)
+
+
+def adjacent_pairs(channels: int, *, tables: str) -> Rotation:
+    place = Pair(0, 1, 2)
+    table = {"full": place, "narrow": Pair(0, 0, 1), "complex": Pair(0, 0, 2)}[tables]
+    sin = Pair(1, 1, 2) if tables == "complex" else table
+    return Rotation(channels // 2, x=place, y=place, cos=table, sin=sin, signs=(-1, 1))
+
+
+def expected(rope: Rope, width: int) -> Rotation:
+    """The one rotation of each group of spellings."""
+    if rope in spellings.HALF_FULL:
+        return half_pairs(width)
+    if rope in spellings.HALF_NARROW:
+        return half_pairs(width, tables="narrow")
+    if rope in spellings.ADJACENT_FULL:
+        return adjacent_pairs(width, tables="full")
+    if rope in spellings.ADJACENT_NARROW:
+        return adjacent_pairs(width, tables="narrow")
+    if rope.turn is spellings.nanochat:
+        return half_pairs(width, tables="narrow", signs=(1, -1))
+    if rope.turn is spellings.llama4:
+        return adjacent_pairs(width, tables="complex")
+    assert rope.turn is spellings.deepseek
+    out = Pair(0, width // 2, 1)
+    return Rotation(width // 2, x=Pair(0, 1, 2), y=out, cos=out, sin=out, signs=(-1, 1))
+
+
+def streams(report: Any) -> list[Stream]:
+    """q and k of the one fused site."""
+    assert len(report.fused) == 1 and report.refused == []
+    record = report.fused[0].record
+    assert record.k is not None
+    return [record.q, record.k]
+
+
+@pytest.mark.parametrize("rope", ROPES, ids=str)
+def test_each_spelling_of_the_rotation(rope: Rope) -> None:
+    report = compiled_like_eager(Attention(rope), hidden_states())
+    for stream in streams(report):
+        assert stream.rotation == expected(rope, 16)
+        assert (stream.norm, stream.passes, stream.scale) == (None, (), 1.0)
+
+
+def test_more_than_twelve_spellings_share_one_record() -> None:
+    assert len(spellings.HALF_FULL) > 12
+    records = set()
+    for rope in spellings.HALF_FULL:
+        torch._dynamo.reset()
+        record = explain(Attention(rope, rsqrt), hidden_states()).fused[0].record
+        # A cat makes dense rows, arithmetic keeps its operand's order: both are kept as they are.
+        q, k = (dataclasses.replace(s, heads_first=True) for s in (record.q, record.k))
+        records.add(dataclasses.replace(record, q=q, k=k))
+    assert len(records) == 1
+
+
+IN_A_CALL = pytest.mark.xfail(
+    strict=True, reason="the lens expands torch.rms_norm into an in-place add it cannot follow"
+)
+
+
+def norms(*exceptions: Any) -> list[Any]:
+    marks = {spellings.functional: IN_A_CALL}
+    return [
+        pytest.param(n, id=n.__name__, marks=marks.get(n, ())) for n in NORMS if n not in exceptions
+    ]
+
+
+@pytest.mark.parametrize("norm", norms())
+def test_each_spelling_of_a_norm_before_the_rotation(norm: Any) -> None:
+    report = compiled_like_eager(Attention(norm=norm, eps=(1e-5, 1e-6)), hidden_states())
+    for stream in streams(report):
+        assert stream.norm == Norm("head", "before", has_weight=True)
+        assert stream.rotation == half_pairs(16)
+    assert report.fused[0].eps == (1e-5, 1e-6)
+
+
+@pytest.mark.parametrize("norm", norms(inverted))
+def test_each_spelling_of_a_norm_after_the_rotation(norm: Any) -> None:
+    report = compiled_like_eager(
+        Attention(norm=norm, after=True, eps=(1e-6, 1e-5)), hidden_states()
+    )
+    for stream in streams(report):
+        assert stream.norm == Norm("head", "after", has_weight=True)
+    assert report.fused[0].stages == ("rope", "rms_norm")
+    assert report.fused[0].eps == (1e-6, 1e-5)
+
+
+def test_a_weight_between_a_rotation_and_its_norm_leaves_the_norm_outside() -> None:
+    """weight * x * rstd(x): the rotated x meets its weight before its own statistic."""
+    report = compiled_like_eager(Attention(norm=inverted, after=True), hidden_states())
+    assert all(stream.norm is None for stream in streams(report))
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_gemma_adds_one_to_the_weight(after: bool) -> None:
+    report = compiled_like_eager(Attention(norm=gemma, after=after), hidden_states())
+    when = "after" if after else "before"
+    for stream in streams(report):
+        assert stream.norm == Norm("head", when, has_weight=True, weight_offset=1.0)
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_a_norm_without_weight(after: bool) -> None:
+    report = compiled_like_eager(Attention(norm=weightless, after=after), hidden_states())
+    for stream in streams(report):
+        assert stream.norm == Norm("head", "after" if after else "before", has_weight=False)
+
+
+@pytest.mark.parametrize("norm", [rsqrt, spellings.square, gemma], ids=lambda n: n.__name__)
+def test_a_norm_over_the_whole_width_hands_over_its_statistic(norm: Any) -> None:
+    report = compiled_like_eager(Attention(norm=norm, wide=True), hidden_states())
+    for stream in streams(report):
+        assert stream.norm is not None and stream.norm.over == "given" and stream.has_scale
+
+
+@quick
+@given(
+    eps=st.tuples(*[st.sampled_from([1e-5, 1e-6, 1e-8]) | st.floats(1e-9, 1e-2)] * 2),
+    norm=st.sampled_from([n for n in NORMS if n is not spellings.functional]),
+)
+def test_eps_is_read_from_the_graph(eps: tuple[float, float], norm: Any) -> None:
+    torch._dynamo.reset()
+    assert explain(Attention(norm=norm, eps=eps), hidden_states()).fused[0].eps == eps
+
+
+PACKINGS = ["separate", "by head", "one view", "slices"]
+
+
+@st.composite
+def toys(draw: Any) -> Attention:
+    pairs = draw(st.integers(1, 9))
+    extra = draw(st.sampled_from([0, 0, 1, 2, 7]))
+    packing = draw(st.sampled_from(PACKINGS))
+    kv_heads = draw(st.integers(1, 3))
+    heads = kv_heads if packing == "by head" else kv_heads * draw(st.integers(1, 3))
+    return Attention(
+        draw(st.sampled_from(ROPES)),
+        draw(st.sampled_from([None, rsqrt, spellings.square, gemma, weightless])),
+        after=extra == 0 and draw(st.booleans()),
+        packing=packing,
+        partial=draw(st.sampled_from(["inside", "outside", "empty"])),
+        tokens_first=draw(st.booleans()),
+        sizes=Sizes(heads, kv_heads, 2 * pairs + extra, 2 * pairs, hidden=24),
+    )
+
+
+@settings(quick, max_examples=20)
+@given(toys(), st.integers(1, 6), st.integers(1, 3))
+def test_any_sizes_fuse_and_are_right(toy: Attention, tokens: int, batch: int) -> None:
+    torch._dynamo.reset()
+    report = compiled_like_eager(toy, hidden_states(tokens, batch, width=24))
+    assert report.fused and report.refused == []
+    for fused in report.fused:
+        for stream in (fused.record.q, fused.record.k):
+            assert stream is None or stream.rotation is not None
+
+
+@pytest.mark.parametrize("partial", ["inside", "outside"])
+def test_the_rest_of_a_head_passes_through(partial: str) -> None:
+    toy = Attention(partial=partial, sizes=Sizes(rotary=10))
+    for stream in streams(compiled_like_eager(toy, hidden_states())):
+        assert stream.rotation == half_pairs(10)
+        assert stream.passes == (Pass(10, 10, 6),)
+
+
+def test_an_empty_rest_is_a_whole_head() -> None:
+    """phi3 and minimax slice `x[..., rotary:]` even where nothing is left."""
+    for stream in streams(compiled_like_eager(Attention(partial="empty"), hidden_states())):
+        assert (stream.rotation, stream.passes) == (half_pairs(16), ())
+
+
+def test_a_rotated_part_in_the_middle_of_a_head() -> None:
+    def middle(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        a, b, c = x.split([3, 8, 5], -1)
+        return torch.cat([a, llama(b, cos, sin), c], -1)
+
+    toy = Attention(Rope(middle), sizes=Sizes(rotary=8))
+    toy.sizes = Sizes()
+    for stream in streams(compiled_like_eager(toy, hidden_states())):
+        assert stream.rotation is not None
+        assert stream.rotation.x == Pair(3, 7, 1) and stream.rotation.cos == Pair(0, 4, 1)
+        assert stream.passes == (Pass(0, 0, 3), Pass(11, 11, 5))
+
+
+def test_a_constant_on_the_result_is_part_of_the_record() -> None:
+    report = compiled_like_eager(Attention(between=lambda q, k: (q * 0.25, k)), hidden_states())
+    q, k = streams(report)
+    assert (q.scale, k.scale) == (0.25, 1.0)

@@ -1,0 +1,344 @@
+"""Near misses: what looks like the target is refused with a reason, or fused as what it is.
+
+Every module here gives eager's result when it is compiled, whether it is fused or not.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fxfuse
+from fxfuse.patterns.record import Norm, Pair
+from tests.spellings import Rope, halves, llama, narrow, rotate_half, rsqrt, weightless
+from tests.toys import Attention, compiled_like_eager, hidden_states
+
+pytestmark = pytest.mark.null
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    torch._dynamo.reset()
+
+
+# --- rotations that are none: x, cos, sin -> y -------------------------------------------------
+
+
+def both_signs_plus(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat([second, first], -1) * sin
+
+
+def next_channel(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return x * cos + torch.roll(x, 1, -1) * sin
+
+
+def one_half_reversed(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat([-x[..., half:].flip(-1), x[..., :half]], -1) * sin
+
+
+def mirrored(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """A rotation of channels i and D - 1 - i: no op serves its pairs."""
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat([-x[..., half:].flip(-1), x[..., :half].flip(-1)], -1) * sin
+
+
+def vjepa2(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Tiles a half-width table where adjacent pairs want each entry twice."""
+    cos, sin = cos.repeat(1, 1, 1, 2), sin.repeat(1, 1, 1, 2)
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return x * cos + torch.stack([-odd, even], -1).flatten(-2) * sin
+
+
+def signs_in_the_table(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = sin.shape[-1] // 2
+    signed = torch.cat([-sin[..., :half], sin[..., half:]], -1)
+    return x * cos + torch.roll(x, half, -1) * signed
+
+
+def no_partner(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return x * cos + x * sin
+
+
+def a_longer_sine(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return x * cos + rotate_half(x) * sin * 2
+
+
+def a_longer_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat([-second, 2 * first], -1) * sin
+
+
+def a_square(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return x * x * cos + rotate_half(x) * sin
+
+
+NO_ROTATION = {
+    both_signs_plus: "no rotation: their signs or tables do not fit",
+    next_channel: "has no partner",
+    one_half_reversed: "has no partner",
+    mirrored: "irregular places",
+    vjepa2: "cos channels at irregular places",
+    signs_in_the_table: "no rotation: their signs or tables do not fit",
+    no_partner: "has no partner",
+    a_longer_sine: "channels of different scale",
+    a_longer_half: "channels of different scale",
+    a_square: "the source is multiplied by itself",
+}
+
+
+@pytest.mark.parametrize(
+    ("turn", "reason"), NO_ROTATION.items(), ids=lambda x: getattr(x, "__name__", "")
+)
+def test_no_rotation_is_refused(turn: Any, reason: str) -> None:
+    table = narrow if turn is vjepa2 else halves
+    report = compiled_like_eager(Attention(Rope(turn, table)), hidden_states())
+    assert report.fused == []
+    assert len(report.refused) == 2, "one for q, one for k"
+    for refusal in report.refused:
+        assert refusal.stage == "decode" and reason in refusal.reason
+        assert "test_refusals.py:" in refusal.where
+
+
+# --- rotations through a matrix: true ones, but no channel map can be read ----------------------
+
+
+def turning(width: int) -> Tensor:
+    i = torch.arange(width // 2)
+    matrix = torch.zeros(width, width)
+    matrix[i + width // 2, i], matrix[i, i + width // 2] = -1, 1
+    return matrix
+
+
+def einsum(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return x * cos + torch.einsum("bhtd,de->bhte", x, turning(x.shape[-1])) * sin
+
+
+def matmul(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return x * cos + (x @ turning(x.shape[-1])) * sin
+
+
+def two_by_two(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """pe_audio, flux: one table of matrices, with its signs inside."""
+    matrices = torch.stack([torch.stack([cos, -sin], -1), torch.stack([sin, cos], -1)], -2)
+    return (matrices * x.unflatten(-1, (-1, 1, 2))).sum(-1).flatten(-2)
+
+
+@pytest.mark.parametrize("turn", [einsum, matmul, two_by_two], ids=lambda f: f.__name__)
+def test_a_rotation_by_matrices_is_left_alone(turn: Any) -> None:
+    table = narrow if turn is two_by_two else halves
+    report = compiled_like_eager(Attention(Rope(turn, table)), hidden_states())
+    assert report.fused == []
+
+
+# --- norms that are none -----------------------------------------------------------------------
+
+
+def over_tokens(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(2, keepdim=True) + eps) * weight
+
+
+def over_heads(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + eps) * weight
+
+
+def over_head_and_channels(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).mean((1, 3), keepdim=True) + eps) * weight
+
+
+def eps_outside_the_root(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x / (x.pow(2).mean(-1, keepdim=True).sqrt() + eps) * weight
+
+
+def eps_beside_the_root(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x * (torch.rsqrt(x.pow(2).mean(-1, keepdim=True)) + eps) * weight
+
+
+def a_sum_of_squares(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) + eps) * weight
+
+
+def of_half_the_head(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt(x[..., :8].pow(2).mean(-1, keepdim=True) + eps) * weight
+
+
+def of_magnitudes(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt(x.abs().mean(-1, keepdim=True) + eps) * weight
+
+
+def of_fourth_powers(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt((x * x * x * x).mean(-1, keepdim=True) + eps) * weight
+
+
+def of_twice_the_squares(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt(2 * x.pow(2).mean(-1, keepdim=True) + eps) * weight
+
+
+def eps_from_a_tensor(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps * weight.mean()) * weight
+
+
+def two_norms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return rsqrt(rsqrt(x, weight, eps), weight, eps)
+
+
+def gated(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return rsqrt(x, weight, eps) * torch.sigmoid(x)
+
+
+NO_NORM = {
+    over_tokens: "differ in their statistic",
+    over_heads: "differ in their statistic",
+    over_head_and_channels: "a mean over other elements than a row's channels",
+    eps_outside_the_root: "no rsqrt but reciprocal",
+    eps_beside_the_root: "differ in their statistic",
+    a_sum_of_squares: "something else than a mean of squares",
+    of_half_the_head: "a norm over 8 channels of 16",
+    of_magnitudes: "a mean of something else than squares",
+    of_fourth_powers: "a mean of something else than squares",
+    of_twice_the_squares: "something else than a mean of squares",
+    eps_from_a_tensor: "an eps that is no scalar",
+    two_norms: "more than one weight",
+    gated: "2 data sources",
+}
+
+
+@pytest.mark.parametrize(
+    ("norm", "reason"), NO_NORM.items(), ids=lambda x: getattr(x, "__name__", "")
+)
+def test_no_norm_before_the_rotation_is_refused(norm: Any, reason: str) -> None:
+    report = compiled_like_eager(Attention(norm=norm), hidden_states())
+    assert report.fused == []
+    assert len(report.refused) == 2 and all(reason in r.reason for r in report.refused)
+
+
+@pytest.mark.parametrize(
+    "norm", [n for n in NO_NORM if n not in (two_norms, gated)], ids=lambda f: f.__name__
+)
+def test_no_norm_after_the_rotation_stays_outside(norm: Any) -> None:
+    report = compiled_like_eager(Attention(norm=norm, after=True), hidden_states())
+    assert report.fused
+    for fused in report.fused:
+        assert fused.record.q.norm is None or fused.record.q.norm.over == "given"
+
+
+def of_one_batch_row(x: Tensor) -> Tensor:
+    return x[:1]
+
+
+def of_one_head(x: Tensor) -> Tensor:
+    return x[:, :1]
+
+
+def of_one_token(x: Tensor) -> Tensor:
+    return x[:, :, :1]
+
+
+def of_the_token_before(x: Tensor) -> Tensor:
+    return x.roll(1, 2)
+
+
+@pytest.mark.parametrize(
+    "other", [of_one_batch_row, of_one_head, of_one_token, of_the_token_before]
+)
+def test_the_statistic_of_another_row_is_a_factor_by_row(other: Any, caplog: Any) -> None:
+    def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return x * torch.rsqrt(other(x).pow(2).mean(-1, keepdim=True) + eps) * weight
+
+    with caplog.at_level(logging.ERROR, "fxfuse"):
+        report = compiled_like_eager(Attention(norm=norm), hidden_states())
+    assert caplog.records == []
+    for fused in report.fused:
+        assert fused.record.q.norm == Norm("given", "before", has_weight=True)
+
+
+def test_a_weight_after_the_rotation_of_a_norm_before_it_stays_outside() -> None:
+    """It meets the result's channels, the norm is of the source's."""
+    toy = Attention(norm=weightless)
+    toy.between = lambda q, k: (q * toy.q_weight, k * toy.k_weight)
+    report = compiled_like_eager(toy, hidden_states())
+    assert [f.record.q.norm for f in report.fused] == [Norm("head", "before", has_weight=False)]
+
+
+@pytest.mark.parametrize("minus", [lambda w: 1 - w, lambda w: w.flip(0), lambda w: w * w])
+def test_arithmetic_on_a_weight_stays_outside(minus: Any) -> None:
+    def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return rsqrt(x, minus(weight), eps)
+
+    report = compiled_like_eager(Attention(norm=norm), hidden_states())
+    assert [f.record.q.norm for f in report.fused] == [Norm("head", "before", has_weight=True)]
+
+
+# --- what stands between the rotation and attention --------------------------------------------
+
+
+def dropout(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    return F.dropout(q, 0.5, training=True), F.dropout(k, 0.5, training=True)
+
+
+def test_dropout_in_training_stays_outside_and_draws_the_same_numbers() -> None:
+    toy, x = Attention(between=dropout), hidden_states()
+    with torch.no_grad():
+        torch.manual_seed(3)
+        want = toy(x)
+        torch.manual_seed(3)
+        got = torch.compile(toy, backend=fxfuse.Backend(compiler="eager"))(x)
+    assert torch.allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+def soft_cap(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    return 50 * torch.tanh(q / 50), k
+
+
+def temperature(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """llama4's NoPE layers, mistral4: q grows with its position."""
+    return q * torch.log1p(torch.arange(q.shape[2])).view(1, 1, -1, 1), k
+
+
+def bias(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    return q + 1.0, k - 0.5
+
+
+def masked(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.where(q > 0, q, 0.1 * q), k.masked_fill(k > 1, 0.0)
+
+
+def in_place(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    return q.mul_(1.5), k.add_(q.mean())
+
+
+@pytest.mark.parametrize(
+    "between", [soft_cap, temperature, bias, masked, in_place], ids=lambda f: f.__name__
+)
+def test_what_follows_the_rotation_is_never_lost(between: Any) -> None:
+    report = compiled_like_eager(Attention(between=between), hidden_states())
+    assert report.fused
+
+
+# --- odd, and still the statement --------------------------------------------------------------
+
+
+def test_one_table_for_both_parts() -> None:
+    """No orthogonal rotation, but exactly the statement, with one table given twice."""
+
+    def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return llama(x, cos, cos)
+
+    (fused,) = compiled_like_eager(Attention(Rope(turn)), hidden_states()).fused
+    assert fused.record.q.rotation is not None
+
+
+def test_halves_of_a_table_that_differ_are_both_loaded() -> None:
+    def table(angles: Tensor) -> tuple[Tensor, Tensor]:
+        both = torch.cat([angles, 2 * angles], -1)
+        return both.cos(), both.sin()
+
+    (fused,) = compiled_like_eager(Attention(Rope(llama, table)), hidden_states()).fused
+    rotation = fused.record.q.rotation
+    assert rotation is not None and (rotation.cos, rotation.sin) == (Pair(0, 8, 1), Pair(0, 8, 1))
