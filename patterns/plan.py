@@ -210,10 +210,13 @@ class _Planner:
         return slot
 
     def _partner_store(self, k_store: StoreWrite) -> StoreWrite | None:
-        """v's store: at the same slots, into other memory, of a value that is a view of a
-        projection.
+        """v's store: the nearest one at the same slots, into other memory, of a value that is a
+        view of a projection.
         """
-        for store in self.stores:
+        at = self.reading.positions
+        taken = {s for site in self.plan.sites for s in site.stores()}
+        free = [s for s in self.stores if s not in taken]
+        for store in sorted(free, key=lambda s: abs(at[s.call] - at[k_store.call])):
             same_place = store.slots is k_store.slots and store.record == k_store.record
             if store is k_store or not same_place:
                 continue
