@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxfuse
-from tests.spellings import Normed, Rope, llama
+from tests.spellings import Normed, Rope, llama, rsqrt
 
 LLAMA = Rope(llama)
 
@@ -190,3 +190,60 @@ def assert_like(got: Any, want: Any, tolerance: float = 1e-5) -> None:
     assert got.shape == want.shape and got.dtype == want.dtype
     error = (got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-30)
     assert error <= tolerance, f"relative error {error:.1e}"
+
+
+# --- layers with caches ------------------------------------------------------------
+
+B, T, G, D, S = 2, 5, 2, 16, 12
+SLOTS = torch.tensor([3, 4, 5, 6, 7])
+Finish = Callable[..., Any]
+
+
+class Layer(Attention):
+    """`finish(q, k, v, *memory)` is what the layer returns."""
+
+    def __init__(self, finish: Finish, **kwargs: Any) -> None:
+        super().__init__(norm=rsqrt, **kwargs)
+        self.finish = finish
+
+    def forward(self, x: Tensor, *memory: Tensor) -> Any:  # type: ignore[override]
+        q, k, v = self.split(x)
+        q, k = self.prelude(q, k, *self.tables(torch.arange(x.shape[1])))
+        return self.finish(q, k, v, *memory)
+
+
+def caches() -> list[Tensor]:
+    """Empty slots hold canaries."""
+    return [torch.full((B, G, S, D), 3.0), torch.full((B, G, S, D), 4.0), SLOTS.clone()]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+
+@torch.no_grad()
+def check(finish: Finish | Attention, memory: Callable[[], list[Tensor]] = caches) -> fxfuse.Report:
+    """Compiled, outputs and memory are eager's; the report."""
+    layer = finish if isinstance(finish, Attention) else Layer(finish)
+    want_memory, got_memory = memory(), memory()
+    want = layer(hidden_states(T), *want_memory)
+    report = fxfuse.explain(layer, hidden_states(T), *got_memory, compiler="eager")
+    assert_like(got_memory, want_memory)
+    got_memory = memory()
+    got = torch.compile(layer, backend=fxfuse.Backend(compiler="eager"))(
+        hidden_states(T), *got_memory
+    )
+    assert_like(got, want)
+    assert_like(got_memory, want_memory)
+    return report
+
+
+def stages(report: fxfuse.Report) -> list[str]:
+    """What was stored with each fused site: `store(k,v)`, `store(k)` or nothing."""
+    return ["".join(s for s in f.stages if s.startswith("store")) for f in report.fused]
+
+
+def by_index_copy(q: Tensor, k: Tensor, v: Tensor, ks: Tensor, vs: Tensor, slots: Tensor) -> Any:
+    ks.index_copy_(2, slots, k)
+    vs.index_copy_(2, slots, v)
+    return attend(q, ks, vs)
