@@ -64,7 +64,7 @@ def _fuse(gm: fx.GraphModule, settings: Settings, report: Report) -> fx.GraphMod
         reading = read(view, placeholder_kinds(gm))
     training = torch.is_grad_enabled() and any(_requires_grad(n) for n in gm.graph.nodes)
     with _timed(report, "plan"):
-        planned = plan(reading, store=not training and "store" not in settings.disable)
+        planned = plan(reading, store="store" not in settings.disable, training=training)
     for bug in planned.disproved:
         log.error("fxfuse: a proof failed, the site is left alone (please report this): %s", bug)
     report.refused += planned.refusals

@@ -10,6 +10,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from fxfuse.patterns.norms import NORM_KINDS
 from fxfuse.patterns.record import Norm, Pair, Record, Rotation, Stream
 
 # start, step and values of some of a row's channels: row[..., start + step * i] = values[..., i].
@@ -96,7 +97,7 @@ def row(
 def normalise(x: Tensor, norm: Norm, weight: Tensor | None, eps: float) -> Tensor:
     """x * rsqrt(mean(x * x) + eps) * (weight + offset); no statistic where it is given."""
     if norm.over == "head":
-        x = x * torch.rsqrt((x * x).mean(-1, keepdim=True) + eps)
+        x = x * NORM_KINDS[norm.kind].factor((x * x).mean(-1, keepdim=True), eps)
     if norm.has_weight and weight is not None:
         x = x * offset_weight(weight.to(x.dtype), norm)
     return x

@@ -73,6 +73,9 @@ def _no_triton_kernel(facts: Facts) -> str | None:
         return "triton is not installed"
     if any(s is not None and s.dtype not in KERNEL_DTYPES for s in (q, k, v)):
         return f"the kernel writes {', '.join(KERNEL_DTYPES)} only"
+    norms = [s.norm for s in (q, k, v) if s is not None and s.norm is not None]
+    if any(n.kind != "rms" for n in norms):
+        return "the kernel knows the norm kind rms only"
     if len(q.passes) > 2:
         return "the kernel passes at most two runs of channels through"
     if k is not None and _geometry(k) != _geometry(q):

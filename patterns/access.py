@@ -5,8 +5,9 @@
 from collections.abc import Sequence
 from typing import TypeAlias
 
+from fxfuse.patterns.atoms import divide
 from fxfuse.patterns.site import Access, Step
-from fxfuse.patterns.value import Atom, Factor, Index, Leaf, Size, divide
+from fxfuse.patterns.value import Atom, Factor, Index, Leaf, Size
 
 Label: TypeAlias = "Atom | str"
 CHANNELS = "channels"

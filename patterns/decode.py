@@ -8,8 +8,9 @@ never from names.
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Literal
 
-from fxfuse.patterns import value as v
+from fxfuse.patterns import shapes
 from fxfuse.patterns.access import (
     Refused,
     feature_access,
@@ -18,33 +19,13 @@ from fxfuse.patterns.access import (
     weight_access,
     window,
 )
-from fxfuse.patterns.record import Norm, Pair, Pass, Rotation, Stream
+from fxfuse.patterns.atoms import flatten_explicit
+from fxfuse.patterns.norms import op_of, read_statistic, real
+from fxfuse.patterns.record import Norm, Stream
+from fxfuse.patterns.rotation import Entry, pair_up
 from fxfuse.patterns.site import Access, Decoded
-from fxfuse.patterns.value import Atom, Factor, Index, Kind, Leaf, Term, Value
-from fxfuse.slots import Scalar, Slot
-
-
-@dataclasses.dataclass(frozen=True)
-class _Entry:
-    """One product that makes up an output channel."""
-
-    coefficient: float
-    channel: int
-    table: Leaf | None
-    place: int
-
-
-@dataclasses.dataclass(frozen=True)
-class _Statistic:
-    """rsqrt(mean of squares + eps): over `count` channels of `base`, from `start`, heads `stride`
-    apart.
-    """
-
-    base: Leaf
-    count: int
-    start: int
-    stride: int
-    eps: float | Scalar
+from fxfuse.patterns.value import Atom, Factor, Index, Kind, Leaf, Value, is_statistic
+from fxfuse.slots import Slot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +62,7 @@ def decode(slot: Slot, value: Value) -> Decoded:
     if len(value.dims) < 2:
         raise Refused("the value has no rows")
     last = len(value.dims) - 1
-    value = v.flatten_explicit(value, last)
+    value = flatten_explicit(value, last)
     if value.explicit != value.dims[last]:
         raise Refused("another axis than the channels is irregular")
     parts = _sort(value)
@@ -93,7 +74,7 @@ def decode(slot: Slot, value: Value) -> Decoded:
 def _sort(value: Value) -> _Parts:
     """Give each factor its role."""
     common = set.intersection(*({f.leaf for f in t.factors} for t in value.terms))
-    sources = [x for x in common if x.kind is Kind.DATA and not v.is_statistic(x)]
+    sources = [x for x in common if x.kind is Kind.DATA and not is_statistic(x)]
     sources = [x for x in sources if _varies(value, x)] or sources
     if len(sources) != 1:
         raise Refused(f"{len(sources) or 'no'} data sources where one was expected")
@@ -110,7 +91,7 @@ def _sort(value: Value) -> _Parts:
             raise Refused("more than one table in a product")
         tables.append(table[0] if table else None)
         weights.append(_only([f for f in rest if f.leaf.kind is Kind.WEIGHT], "weight"))
-        statistics.append(_only([f for f in rest if v.is_statistic(f.leaf)], "statistic"))
+        statistics.append(_only([f for f in rest if is_statistic(f.leaf)], "statistic"))
         scales.append(_only([f for f in rest if f not in table and _is_scale(f)], "factor by row"))
     return _Parts(
         value,
@@ -133,7 +114,7 @@ def _varies(value: Value, leaf: Leaf) -> bool:
 
 
 def _is_table(factor: Factor, common: set[Leaf]) -> bool:
-    if factor.leaf.kind is Kind.WEIGHT or v.is_statistic(factor.leaf) or not factor.axes:
+    if factor.leaf.kind is Kind.WEIGHT or is_statistic(factor.leaf) or not factor.axes:
         return False
     if factor.leaf not in common:
         return True
@@ -141,7 +122,7 @@ def _is_table(factor: Factor, common: set[Leaf]) -> bool:
 
 
 def _is_scale(factor: Factor) -> bool:
-    return factor.leaf.kind is not Kind.WEIGHT and not v.is_statistic(factor.leaf)
+    return factor.leaf.kind is not Kind.WEIGHT and not is_statistic(factor.leaf)
 
 
 def _only(factors: Sequence[Factor], role: str) -> Factor | None:
@@ -166,7 +147,7 @@ def _same_leaf(factors: Sequence[Factor | None], role: str) -> Factor | None:
 
 def _before(slot: Slot, parts: _Parts) -> Decoded:
     """Norm before the rotation, or no norm."""
-    statistic = _statistic(parts.statistic.leaf) if parts.statistic else None
+    statistic = read_statistic(parts.statistic.leaf) if parts.statistic else None
     heads = _head_stride(parts.x[0])
     over_head = (
         statistic is not None
@@ -185,7 +166,7 @@ def _before(slot: Slot, parts: _Parts) -> Decoded:
         if statistic.count != channels or statistic.start > start:
             raise Refused(f"a norm over {statistic.count} channels of {channels}")
         start = statistic.start
-    rotation, passes, scale, cos, sin = _rotation(_entries(parts, start), channels)
+    rotation, passes, scale, cos, sin = pair_up(_entries(parts, start), channels)
     rows = _rows(parts)
     atoms = [parts.value.dims[r] if r is not None else () for r in rows]
     x = feature_access(parts.x[0], atoms, window(parts.source, heads, start, channels))
@@ -196,7 +177,9 @@ def _before(slot: Slot, parts: _Parts) -> Decoded:
     weight, offset = _weight(parts, start, "before")
     norm = None
     if parts.statistic is not None or parts.weight is not None:
-        norm = Norm("head" if over_head else "given", "before", weight is not None, offset)
+        over: Literal["head", "given"] = "head" if over_head else "given"
+        kind = statistic.kind if over_head and statistic else "rms"
+        norm = Norm(over, "before", weight is not None, offset, kind)
     stream = Stream(
         channels=channels,
         norm=norm,
@@ -232,10 +215,10 @@ def _after(slot: Slot, parts: _Parts) -> Decoded:
     value = parts.value
     if len(value.terms) != 1 or parts.statistic is None or parts.scale is not None:
         raise Refused("a product of a rotated value that is not its norm")
-    statistic = _statistic(parts.statistic.leaf)
+    statistic = read_statistic(parts.statistic.leaf)
     whole = definition.operands[0]
     order = _order(value, parts.x[0])
-    inner = decode(slot, v.permute(whole, order))
+    inner = decode(slot, shapes.permute(whole, order))
     channels = inner.stream.channels
     if statistic.base is not parts.source or statistic.count != channels or statistic.start:
         raise Refused("a norm after the rotation over other channels than a head's")
@@ -246,8 +229,8 @@ def _after(slot: Slot, parts: _Parts) -> Decoded:
     weight, offset = _weight(parts, 0, "after")
     stream = dataclasses.replace(
         inner.stream,
-        norm=Norm("head", "after", weight is not None, offset),
-        scale=_real(value.terms[0].coefficients[0]),
+        norm=Norm("head", "after", weight is not None, offset, statistic.kind),
+        scale=real(value.terms[0].coefficients[0]),
     )
     if inner.stream.scale != 1.0 or inner.stream.has_scale:
         raise Refused("a factor between rotation and norm")
@@ -276,79 +259,17 @@ def _is_whole(index: Index, dim: tuple[Atom, ...], value: Value) -> bool:
     return explicit and not index.strides and index.offsets == tuple(range(dim[0].size))
 
 
-def _statistic(leaf: Leaf) -> _Statistic:
-    """Read rsqrt(mean(x * x) + eps) backwards from its leaf."""
-    inner = _under_root(leaf)
-    means = [t for t in inner.terms if t.factors and _op(t.factors[0].leaf) == "mean"]
-    rest = [t for t in inner.terms if t not in means]
-    if len(means) != 1 or len(means[0].factors) != 1 or set(means[0].coefficients) != {1.0}:
-        raise Refused("a root of something else than a mean of squares")
-    eps = _eps(rest)
-    definition = means[0].factors[0].leaf.definition
-    assert definition is not None
-    square, (dims, _) = definition.operands[0], definition.params
-    if len(square.terms) != 1 or set(square.terms[0].coefficients) != {1.0}:
-        raise Refused("a mean of something else than squares")
-    factors = square.terms[0].factors
-    if len(factors) != 2 or factors[0] != factors[1]:
-        raise Refused("a mean of something else than squares")
-    base, index = factors[0].leaf, factors[0].axes[-1]
-    reduced = [a for d in dims for a in square.dims[d]]
-    if len(reduced) != 1 or index.stride(reduced[0]) != 1 or len(set(index.offsets)) != 1:
-        raise Refused("a mean over other elements than a row's channels")
-    kept = [s for a, s in index.strides if a is not reduced[0]]
-    return _Statistic(
-        base, reduced[0].size, index.offsets[0], kept[0] if len(kept) == 1 else 0, eps
-    )
-
-
-def _op(leaf: Leaf) -> str:
-    return leaf.definition.op if leaf.definition else ""
-
-
-def _under_root(leaf: Leaf) -> Value:
-    definition = leaf.definition
-    if definition is not None and definition.op == "reciprocal":
-        operand = definition.operands[0]
-        leaves = operand.leaves()
-        if len(operand.terms) == 1 and len(leaves) == 1 and _op(leaves[0]) == "sqrt":
-            definition = leaves[0].definition
-    if definition is None or definition.op not in ("rsqrt", "sqrt"):
-        raise Refused(f"a row factor that is no rsqrt but {_op(leaf) or 'unknown'}")
-    return definition.operands[0]
-
-
-def _eps(terms: Sequence[Term]) -> float | Scalar:
-    if not terms:
-        return 0.0
-    if len(terms) > 1 or len(terms[0].factors) > 1 or len(set(terms[0].coefficients)) > 1:
-        raise Refused("an eps that is no scalar")
-    term = terms[0]
-    if not term.factors:
-        return _real(term.coefficients[0])
-    slot = term.factors[0].leaf.slot
-    if not isinstance(slot, Scalar) or term.coefficients[0] != 1:
-        raise Refused("an eps that is no scalar")
-    return slot
-
-
-def _real(number: complex) -> float:
-    if isinstance(number, complex) and number.imag:
-        raise Refused("a complex factor")
-    return float(number.real)
-
-
-def _entries(parts: _Parts, start: int) -> list[list[_Entry]]:
+def _entries(parts: _Parts, start: int) -> list[list[Entry]]:
     """For each output channel, the products that make it up, in channels counted from `start`."""
     count = len(parts.value.terms[0].coefficients)
-    result: list[list[_Entry]] = [[] for _ in range(count)]
+    result: list[list[Entry]] = [[] for _ in range(count)]
     for term, x, table in zip(parts.value.terms, parts.x, parts.tables, strict=True):
         for i, c in enumerate(term.coefficients):
             if c:
                 place = _place(table, i) if table else 0
                 channel = x.axes[-1].offsets[i] - start
                 leaf = table.leaf if table else None
-                result[i].append(_Entry(_real(c), channel, leaf, place))
+                result[i].append(Entry(real(c), channel, leaf, place))
     return result
 
 
@@ -358,108 +279,6 @@ def _place(table: Factor, i: int) -> int:
     """
     offset = table.axes[-1].offsets[i]
     return offset if not table.leaf.part else 2 * offset + (table.leaf.part == "im")
-
-
-def _rotation(
-    entries: list[list[_Entry]], channels: int
-) -> tuple[Rotation | None, tuple[Pass, ...], float, Leaf | None, Leaf | None]:
-    """Pair the channels; returns the rotation, the passes, the common factor, and the two
-    tables.
-    """
-    sizes = {abs(e.coefficient) for row in entries for e in row}
-    if len(sizes) != 1:
-        raise Refused(f"channels of different scale: {sorted(sizes)}")
-    scale = sizes.pop()
-    plain = [i for i, row in enumerate(entries) if len(row) == 1 and row[0].table is None]
-    turned: dict[frozenset[int], list[int]] = {}
-    for i, row in enumerate(entries):
-        if i in plain:
-            continue
-        if len(row) != 2 or any(e.table is None for e in row):
-            raise Refused(f"channel {i} is no rotation of two channels")
-        turned.setdefault(frozenset(e.channel for e in row), []).append(i)
-    if not turned:
-        raise Refused("no channel is rotated")
-    pairs = [_pair(entries, outputs) for outputs in turned.values()]
-    pairs.sort(key=lambda p: p.y[0])
-    first = pairs[0]
-    if any(p.tables != first.tables or p.signs != first.signs for p in pairs):
-        raise Refused("pairs that differ in their tables or in the sign of their turn")
-    negative = [i for i in plain if entries[i][0].coefficient < 0]
-    if negative:
-        raise Refused(f"channel {negative[0]} changes its sign")
-    rotation = Rotation(
-        pairs=len(pairs),
-        x=_fit([p.x for p in pairs], "source channels"),
-        y=_fit([p.y for p in pairs], "result channels"),
-        cos=_fit([p.cos for p in pairs], "cos channels"),
-        sin=_fit([p.sin for p in pairs], "sin channels"),
-        signs=first.signs,
-    )
-    return rotation, _passes(entries, plain), scale, *first.tables
-
-
-@dataclasses.dataclass(frozen=True)
-class _Turn:
-    x: tuple[int, int]
-    y: tuple[int, int]
-    cos: tuple[int, int]
-    sin: tuple[int, int]
-    signs: tuple[int, int]
-    tables: tuple[Leaf, Leaf]
-
-
-def _pair(entries: list[list[_Entry]], outputs: list[int]) -> _Turn:
-    """Two outputs over the same two channels: which products are cos, which sin."""
-    if len(outputs) != 2:
-        raise Refused(f"channel {outputs[0]} has no partner")
-    i, j = outputs
-    for a, b in ((0, 1), (1, 0)):
-        c0, s0 = entries[i][a], entries[i][b]
-        if c0.channel == s0.channel:
-            raise Refused(f"channel {i} is turned with itself")
-        c1 = next(e for e in entries[j] if e.channel == s0.channel)
-        s1 = next(e for e in entries[j] if e.channel == c0.channel)
-        positive = c0.coefficient > 0 and c1.coefficient > 0
-        opposite = s0.coefficient * s1.coefficient < 0
-        if positive and opposite and _same_table(c0, c1) and _same_table(s0, s1):
-            assert c0.table is not None and s0.table is not None
-            sign = 1 if s0.coefficient > 0 else -1
-            return _Turn(
-                (c0.channel, s0.channel),
-                (i, j),
-                (c0.place, c1.place),
-                (s0.place, s1.place),
-                (sign, -sign),
-                (c0.table, s0.table),
-            )
-    raise Refused(f"channels {i} and {j} are no rotation: their signs or tables do not fit")
-
-
-def _same_table(a: _Entry, b: _Entry) -> bool:
-    """One table, or the two parts of one complex table where only the place tells them apart."""
-    return a.table is b.table
-
-
-def _fit(places: list[tuple[int, int]], what: str) -> Pair:
-    (first, second), step = places[0], places[1][0] - places[0][0] if len(places) > 1 else 1
-    if any(p != (first + step * k, second + step * k) for k, p in enumerate(places)):
-        raise Refused(f"{what} at irregular places")
-    return Pair(first, second, step)
-
-
-def _passes(entries: list[list[_Entry]], plain: list[int]) -> tuple[Pass, ...]:
-    runs: list[Pass] = []
-    for i in plain:
-        channel = entries[i][0].channel
-        last = runs[-1] if runs else None
-        if last and (i, channel) == (last.y_start + last.length, last.x_start + last.length):
-            runs[-1] = dataclasses.replace(last, length=last.length + 1)
-        else:
-            runs.append(Pass(channel, i, 1))
-    if len(runs) > 4:
-        raise Refused("unrotated channels in too many pieces")
-    return tuple(runs)
 
 
 def _head_stride(x: Factor) -> tuple[Atom, int] | None:
@@ -532,7 +351,7 @@ def _weight(parts: _Parts, start: int, when: str) -> tuple[Access | None, float]
 
 def _without_offset(leaf: Leaf) -> tuple[Leaf, float]:
     """The raw weight and the number a float32 sum adds to it."""
-    if _op(leaf) != "offset" or leaf.definition is None:
+    if op_of(leaf) != "offset" or leaf.definition is None:
         return leaf, 0.0
     inner, (number,) = leaf.definition.operands[0], leaf.definition.params
     term = inner.terms[0]

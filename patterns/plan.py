@@ -55,12 +55,13 @@ class Uses:
 
 
 class _Planner:
-    def __init__(self, reading: Reading, store: bool) -> None:
+    def __init__(self, reading: Reading, store: bool, training: bool) -> None:
         self.reading = reading
         self.uses = Uses(reading)
         self.memory = Memory(reading)
         self.stores, self.no_stores = find_stores(reading)
-        self.may_store = store
+        self.may_store = store and not training
+        self.training = training
         self.store_reasons: dict[Call, str] = {}
         self.absorbed: set[Call] = set()
         self.streams: list[Decoded] = []
@@ -136,6 +137,8 @@ class _Planner:
                 raise Refused("an operand that no node of the graph holds")
             if isinstance(access.leaf.slot, Slot) and access.leaf.slot not in self.uses.holder:
                 raise Refused("an operand inside one call of the model's graph")
+        if self.training:
+            self._check_gradients(decoded)
         prove(decoded)
         stream = dataclasses.replace(
             decoded.stream,
@@ -144,6 +147,16 @@ class _Planner:
         )
         self.streams.append(dataclasses.replace(decoded, stream=stream))
         self.absorbed.add(call)
+
+    def _check_gradients(self, decoded: Decoded) -> None:
+        """Raises Refused where the op has no gradient."""
+        norm = decoded.stream.norm
+        if norm is not None and norm.kind != "rms":
+            raise Refused(f"no gradient for the norm kind {norm.kind}")
+        for table in (decoded.cos, decoded.sin):
+            slot = table.leaf.slot if table else None
+            if isinstance(slot, Slot) and slot.node.meta["example_value"].requires_grad:
+                raise Refused("a table that requires a gradient")
 
     def _joinable(self, a: Decoded, b: Decoded) -> bool:
         """Streams of one attention: they turn by the same rows of the same tables."""
@@ -380,8 +393,10 @@ def _rows_fit(reading: Reading, store: StoreWrite, decoded: Decoded) -> bool:
     return list(dims[:3]) == rows
 
 
-def plan(reading: Reading, *, store: bool) -> Plan:
-    """Plan the sites of a graph; store=False leaves every cache write to the model (a training
-    graph).
+def plan(reading: Reading, *, store: bool = True, training: bool = False) -> Plan:
+    """Plan the sites of a graph.
+
+    store=False leaves every cache write to the model; so does training=True, and a stream that the
+    op has no gradient for is refused.
     """
-    return _Planner(reading, store).run()
+    return _Planner(reading, store, training).run()

@@ -13,9 +13,9 @@ import torch
 from torch import fx
 from torch.fx.node import map_aggregate
 
-from fxfuse.patterns import value as v
+from fxfuse.patterns import arithmetic
 from fxfuse.patterns.transfer import TRANSFERS, Relation, Result, is_exact_cast
-from fxfuse.patterns.value import Definition, Kind, Leaf, Opaque, Value
+from fxfuse.patterns.value import Definition, Kind, Leaf, Opaque, Value, constant, leaf_value
 from fxfuse.slots import Call, Scalar, Slot, View, slots_of
 
 aten = torch.ops.aten
@@ -92,9 +92,9 @@ class _Reader:
     def _leaf(self, slot: Slot, definition: Definition | None = None) -> Value:
         """The slot as a leaf of its storage's present version; a complex tensor is re + 1j * im."""
         if slot.dtype.is_complex:
-            real, imag = (v.leaf_value(self._new_leaf(slot, part)) for part in ("re", "im"))
-            return v.add(real, v.scaled(imag, 1j), slot.dtype)
-        return v.leaf_value(self._new_leaf(slot, "", definition))
+            real, imag = (leaf_value(self._new_leaf(slot, part)) for part in ("re", "im"))
+            return arithmetic.add(real, arithmetic.scaled(imag, 1j), slot.dtype)
+        return leaf_value(self._new_leaf(slot, "", definition))
 
     def _new_leaf(self, slot: Slot, part: str, definition: Definition | None = None) -> Leaf:
         key = (slot, self.versions.get(slot.storage, 0), part)
@@ -206,12 +206,12 @@ class _Reader:
 
     def _number(self, x: Any) -> Value:
         if isinstance(x, (int, float, complex)):
-            return v.constant(x, torch.float64)
+            return constant(x, torch.float64)
         if not isinstance(x, Scalar):
             raise Opaque("a number computed in the graph")
         leaf = Leaf(len(self.reading.leaves), (), torch.float64, Kind.TABLE, x)
         self.reading.leaves.append(leaf)
-        return v.leaf_value(leaf)
+        return leaf_value(leaf)
 
     def _name(self, slot: Slot, definition: Definition, shape: Any) -> Value:
         if shape is None and definition.op != "sum":
@@ -220,7 +220,7 @@ class _Reader:
         dtype = definition.operands[0].dtype
         leaf = Leaf(len(self.reading.leaves), shape, dtype, Kind.DATA, None, definition=definition)
         self.reading.leaves.append(leaf)
-        return v.leaf_value(leaf)
+        return leaf_value(leaf)
 
 
 def _offset(call: Call, args: Any) -> Definition | None:

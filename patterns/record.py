@@ -60,12 +60,14 @@ class Norm:
     has_weight     False for a norm without weight; the weight is [D], or [H, D] when it differs by
                    head.
     weight_offset  1.0 for Gemma's (1 + weight), added in float32.
+    kind           which statistic, a key of patterns.norms.NORM_KINDS.
     """
 
     over: Literal["head", "given"]
     when: Literal["before", "after"]
     has_weight: bool
     weight_offset: float = 0.0
+    kind: str = "rms"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,8 +17,18 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 
-from fxfuse.patterns import value as v
-from fxfuse.patterns.value import Definition, Kind, Opaque, Size, Value
+from fxfuse.patterns import arithmetic, shapes
+from fxfuse.patterns.atoms import flatten_explicit
+from fxfuse.patterns.value import (
+    STATISTICS,
+    Definition,
+    Kind,
+    Leaf,
+    Opaque,
+    Size,
+    Value,
+    leaf_value,
+)
 
 aten = torch.ops.aten
 
@@ -65,7 +75,7 @@ def _dim(x: Value, dim: int) -> int:
 
 @transfer("view", aten.view.default, aten._unsafe_view.default, aten.reshape.default)
 def _view(result: Result, x: Value, size: Any) -> Value:
-    return v.view(x, result.shape)
+    return shapes.view(x, result.shape)
 
 
 @transfer("view", aten.alias.default, aten.detach.default)
@@ -75,7 +85,7 @@ def _alias(result: Result, x: Value) -> Value:
 
 @transfer("view", aten.permute.default)
 def _permute(result: Result, x: Value, order: Sequence[int]) -> Value:
-    return v.permute(x, [_dim(x, d) for d in order])
+    return shapes.permute(x, [_dim(x, d) for d in order])
 
 
 @transfer("view", aten.transpose.int)
@@ -83,28 +93,28 @@ def _transpose(result: Result, x: Value, a: int, b: int) -> Value:
     order = list(range(len(x.dims)))
     a, b = _dim(x, a), _dim(x, b)
     order[a], order[b] = b, a
-    return v.permute(x, order)
+    return shapes.permute(x, order)
 
 
 @transfer("view", aten.t.default, aten.numpy_T.default)
 def _t(result: Result, x: Value) -> Value:
-    return v.permute(x, range(len(x.dims))[::-1])
+    return shapes.permute(x, range(len(x.dims))[::-1])
 
 
 @transfer("view", aten.unsqueeze.default)
 def _unsqueeze(result: Result, x: Value, dim: int) -> Value:
-    return v.unsqueeze(x, dim % (len(x.dims) + 1))
+    return shapes.unsqueeze(x, dim % (len(x.dims) + 1))
 
 
 @transfer("view", aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
 def _squeeze(result: Result, x: Value, dims: int | Sequence[int] | None = None) -> Value:
     every = range(len(x.dims)) if dims is None else [dims] if isinstance(dims, int) else dims
-    return v.squeeze(x, [_dim(x, d) for d in every])
+    return shapes.squeeze(x, [_dim(x, d) for d in every])
 
 
 @transfer("view", aten.expand.default)
 def _expand(result: Result, x: Value, size: Any, *, implicit: bool = False) -> Value:
-    return v.expand(x, result.shape)
+    return shapes.expand(x, result.shape)
 
 
 @transfer("view", aten.slice.Tensor)
@@ -118,7 +128,7 @@ def _slice(
         if not isinstance(size, int):
             raise Opaque("a slice from the end of a symbolic axis")
         start = max(start + size, 0)
-    return v.narrow(x, dim, start, step, result.shape[dim])
+    return shapes.narrow(x, dim, start, step, result.shape[dim])
 
 
 @transfer("view", aten.select.int)
@@ -126,7 +136,7 @@ def _select(result: Result, x: Value, dim: int, index: Any) -> Value:
     dim = _dim(x, dim)
     if isinstance(index, int) and index < 0:
         index = index + x.shape[dim]
-    return v.squeeze(v.narrow(x, dim, index, 1, 1), [dim])
+    return shapes.squeeze(shapes.narrow(x, dim, index, 1, 1), [dim])
 
 
 @transfer("view", aten.split.Tensor, aten.split_with_sizes.default)
@@ -134,7 +144,7 @@ def _split(result: Result, x: Value, size: Any, dim: int = 0) -> list[Value]:
     dim = _dim(x, dim)
     parts, start = [], 0
     for shape in result.shapes:
-        parts.append(v.narrow(x, dim, start, 1, shape[dim]))
+        parts.append(shapes.narrow(x, dim, start, 1, shape[dim]))
         start = start + shape[dim]
     return parts
 
@@ -142,24 +152,24 @@ def _split(result: Result, x: Value, size: Any, dim: int = 0) -> list[Value]:
 @transfer("view", aten.unbind.int)
 def _unbind(result: Result, x: Value, dim: int = 0) -> list[Value]:
     dim = _dim(x, dim)
-    return [v.squeeze(v.narrow(x, dim, i, 1, 1), [dim]) for i in range(x.shape[dim])]
+    return [shapes.squeeze(shapes.narrow(x, dim, i, 1, 1), [dim]) for i in range(x.shape[dim])]
 
 
 @transfer("same", aten.view_as_complex.default)
 def _view_as_complex(result: Result, x: Value) -> Value:
     last = len(x.dims) - 1
-    real, imag = (v.squeeze(v.narrow(x, last, i, 1, 1), [last]) for i in (0, 1))
-    return v.add(real, v.scaled(imag, 1j), result.dtype)
+    real, imag = (shapes.squeeze(shapes.narrow(x, last, i, 1, 1), [last]) for i in (0, 1))
+    return arithmetic.add(real, arithmetic.scaled(imag, 1j), result.dtype)
 
 
 @transfer("same", aten.view_as_real.default)
 def _view_as_real(result: Result, z: Value) -> Value:
     last = len(z.dims)
     parts = [
-        v.unsqueeze(v.mapped(z, part, result.dtype), last)
+        shapes.unsqueeze(arithmetic.mapped(z, part, result.dtype), last)
         for part in (lambda c: complex(c).real, lambda c: complex(c).imag)
     ]
-    return v.concatenate(parts, last)
+    return shapes.concatenate(parts, last)
 
 
 @transfer("same", aten.clone.default, aten.contiguous.default, aten.lift_fresh_copy.default)
@@ -189,9 +199,9 @@ def is_exact_cast(old: torch.dtype, new: torch.dtype) -> bool:
 @transfer("same", aten.repeat.default)
 def _repeat(result: Result, x: Value, times: Sequence[Size]) -> Value:
     for _ in range(len(times) - len(x.dims)):
-        x = v.unsqueeze(x, 0)
+        x = shapes.unsqueeze(x, 0)
     for dim, count in enumerate(times):
-        x = v.repeat(x, dim, count, inner=False)
+        x = shapes.repeat(x, dim, count, inner=False)
     return x
 
 
@@ -201,7 +211,7 @@ def _cat(result: Result, tensors: Sequence[Value], dim: int = 0) -> Value:
     dim = _dim(tensors[0], dim)
     if len(tensors) > 1 and any(_is_token_axis(x, dim) for x in tensors):
         raise Opaque("a cat of tokens")
-    return tensors[0] if len(tensors) == 1 else v.concatenate(tensors, dim)
+    return tensors[0] if len(tensors) == 1 else shapes.concatenate(tensors, dim)
 
 
 def _is_token_axis(x: Value, dim: int) -> bool:
@@ -219,16 +229,16 @@ def _is_token_axis(x: Value, dim: int) -> bool:
 @transfer("compute", aten.stack.default)
 def _stack(result: Result, tensors: Sequence[Value], dim: int = 0) -> Value:
     dim = dim % (len(tensors[0].dims) + 1)
-    return v.concatenate([v.unsqueeze(x, dim) for x in tensors], dim)
+    return shapes.concatenate([shapes.unsqueeze(x, dim) for x in tensors], dim)
 
 
 @transfer("compute", aten.flip.default)
 def _flip(result: Result, x: Value, dims: Sequence[int]) -> Value:
     for dim in (_dim(x, d) for d in dims):
-        x = v.flatten_explicit(x, dim)
+        x = flatten_explicit(x, dim)
         size = x.shape[dim]
-        parts = [v.narrow(x, dim, size - 1 - i, 1, 1) for i in range(size)]
-        x = v.concatenate(parts, dim)
+        parts = [shapes.narrow(x, dim, size - 1 - i, 1, 1) for i in range(size)]
+        x = shapes.concatenate(parts, dim)
     return x
 
 
@@ -237,13 +247,13 @@ def _roll(result: Result, x: Value, shifts: Sequence[int], dims: Sequence[int] =
     if len(shifts) != 1 or len(dims) != 1 or _is_token_axis(x, _dim(x, dims[0])):
         raise Opaque("a roll of tokens")
     dim = _dim(x, dims[0])
-    x = v.flatten_explicit(x, dim)
+    x = flatten_explicit(x, dim)
     size = x.shape[dim]
     cut = (size - shifts[0]) % size
     if cut == 0:
         return x
-    tail, head = v.narrow(x, dim, cut, 1, size - cut), v.narrow(x, dim, 0, 1, cut)
-    return v.concatenate([tail, head], dim)
+    tail, head = shapes.narrow(x, dim, cut, 1, size - cut), shapes.narrow(x, dim, 0, 1, cut)
+    return shapes.concatenate([tail, head], dim)
 
 
 def _operand(result: Result, x: Any) -> Value:
@@ -258,17 +268,17 @@ def _is_number(x: Any) -> bool:
 def _mul(result: Result, a: Any, b: Any) -> Value:
     if _is_number(a) or _is_number(b):
         x, number = (a, b) if _is_number(b) else (b, a)
-        return v.scaled(x, number, result.dtype)
+        return arithmetic.scaled(x, number, result.dtype)
     a, b = _operand(result, a), _operand(result, b)
     if a is b or (a.terms is b.terms and a.dims == b.dims):
         return _square(result, a)
-    return v.multiply(whole_row(a, b), whole_row(b, a), result.dtype)
+    return arithmetic.multiply(whole_row(a, b), whole_row(b, a), result.dtype)
 
 
 @transfer("compute", aten.div.Tensor, aten.div.Scalar)
 def _div(result: Result, a: Any, b: Any) -> Value:
     if _is_number(b):
-        return v.scaled(a, 1 / b, result.dtype)
+        return arithmetic.scaled(a, 1 / b, result.dtype)
     a = _operand(result, a)
     return _mul(result, a, _inverse(result, _operand(result, b)))
 
@@ -277,10 +287,10 @@ def _div(result: Result, a: Any, b: Any) -> Value:
 def _add(result: Result, a: Any, b: Any, *, alpha: Any = 1) -> Value:
     a, b = _operand(result, a), _operand(result, b)
     if alpha != 1:
-        b = v.scaled(b, alpha)
+        b = arithmetic.scaled(b, alpha)
     if a.sources() and b.sources() and not a.sources() & b.sources():
         raise Opaque("a sum of different sources")
-    return v.add(a, b, result.dtype)
+    return arithmetic.add(a, b, result.dtype)
 
 
 @transfer("compute", aten.sub.Tensor, aten.sub.Scalar)
@@ -295,17 +305,17 @@ def _rsub(result: Result, a: Any, b: Any, *, alpha: Any = 1) -> Value:
 
 @transfer("compute", aten.addcmul.default)
 def _addcmul(result: Result, x: Value, a: Value, b: Value, *, value: Any = 1) -> Value:
-    return _add(result, x, v.scaled(_mul(result, a, b), value))
+    return _add(result, x, arithmetic.scaled(_mul(result, a, b), value))
 
 
 @transfer("compute", aten.neg.default)
 def _neg(result: Result, x: Value) -> Value:
-    return v.scaled(x, -1, result.dtype)
+    return arithmetic.scaled(x, -1, result.dtype)
 
 
 @transfer("compute", aten._conj.default, aten.conj.default)
 def _conj(result: Result, z: Value) -> Value:
-    return v.mapped(z, lambda c: complex(c).conjugate(), result.dtype)
+    return arithmetic.mapped(z, lambda c: complex(c).conjugate(), result.dtype)
 
 
 @transfer("compute", aten.sum.dim_IntList)
@@ -317,17 +327,17 @@ def _sum(
     dim = _dim(x, dims[0])
     if n > 4 or x.dims[dim] == ():
         raise Opaque("a long sum")
-    total = v.narrow(x, dim, 0, 1, 1)
+    total = shapes.narrow(x, dim, 0, 1, 1)
     for i in range(1, n):
-        total = _add(result, total, v.narrow(x, dim, i, 1, 1))
-    return total if keepdim else v.squeeze(total, [dim])
+        total = _add(result, total, shapes.narrow(x, dim, i, 1, 1))
+    return total if keepdim else shapes.squeeze(total, [dim])
 
 
 def _square(result: Result, x: Value) -> Value:
     """x * x; a sum of terms gets a name first, so that the square keeps one term."""
     if len(x.terms) > 1:
         x = result.name(Definition("sum", (x,)))
-    return v.multiply(x, x, result.dtype)
+    return arithmetic.multiply(x, x, result.dtype)
 
 
 def whole_row(x: Value, statistic: Value) -> Value:
@@ -338,17 +348,17 @@ def whole_row(x: Value, statistic: Value) -> Value:
         for named in _squared_sums(leaf):
             whole = named.definition.operands[0] if named.definition else None
             if whole is not None and whole.terms is x.terms and whole.dims == x.dims:
-                return dataclasses.replace(v.leaf_value(named), dtype=x.dtype)
+                return dataclasses.replace(leaf_value(named), dtype=x.dtype)
     return x
 
 
-def _squared_sums(leaf: v.Leaf) -> list[v.Leaf]:
+def _squared_sums(leaf: Leaf) -> list[Leaf]:
     """The named sums behind a statistic."""
     if leaf.definition is None:
         return []
     if leaf.definition.op == "sum":
         return [leaf]
-    if leaf.definition.op not in v.STATISTICS:
+    if leaf.definition.op not in STATISTICS:
         return []
     return [x for o in leaf.definition.operands for y in o.leaves() for x in _squared_sums(y)]
 
@@ -406,9 +416,9 @@ def _rms_norm(
     last = len(x.dims) - 1
     row = (*result.shape[:-1], 1)
     mean = result.name(Definition("mean", (_square(result, x),), ((last,), True)), row)
-    rstd = result.name(Definition("rsqrt", (v.add(mean, result.number(eps)),)), row)
-    y = v.multiply(whole_row(x, rstd), rstd, result.dtype)
-    return y if weight is None else v.multiply(y, weight, result.dtype)
+    rstd = result.name(Definition("rsqrt", (arithmetic.add(mean, result.number(eps)),)), row)
+    y = arithmetic.multiply(whole_row(x, rstd), rstd, result.dtype)
+    return y if weight is None else arithmetic.multiply(y, weight, result.dtype)
 
 
 # How a leaf with a definition is computed from its operands.

@@ -1,0 +1,138 @@
+"""Norm kinds: the row statistics a norm divides by, one table entry each.
+
+An entry reads the statistic backwards from its leaf into a `Statistic`, or raises Refused, and says
+what a row is multiplied by, given the mean of its squares and eps. The reference, the proof and the
+loops follow from that; the Triton kernel knows "rms", other kinds get loops.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import torch
+
+from fxfuse.patterns.access import Refused
+from fxfuse.patterns.value import Leaf, Term, Value
+from fxfuse.slots import Scalar
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistic:
+    """Over `count` channels of `base` from `start`, heads `stride` apart, with the graph's eps."""
+
+    kind: str
+    base: Leaf
+    count: int
+    start: int
+    stride: int
+    eps: float | Scalar
+
+
+Read: TypeAlias = Callable[[Leaf], Statistic]
+RowFactor: TypeAlias = Callable[[torch.Tensor, float], torch.Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class NormKind:
+    """How a statistic is read, and the factor a row gets from its mean of squares and eps."""
+
+    read: Read
+    factor: RowFactor
+
+
+NORM_KINDS: dict[str, NormKind] = {}
+
+
+def norm_kind(name: str, factor: RowFactor) -> Callable[[Read], Read]:
+    """Enter a norm kind into the table."""
+
+    def register(read: Read) -> Read:
+        NORM_KINDS[name] = NormKind(read, factor)
+        return read
+
+    return register
+
+
+@norm_kind("rms", factor=lambda mean, eps: torch.rsqrt(mean + eps))
+def _rms(leaf: Leaf) -> Statistic:
+    """rsqrt(mean(x * x) + eps), also as a power of -0.5 or as the reciprocal of a root."""
+    mean, rest = split_mean(under_root(leaf))
+    return mean_of_squares("rms", mean, eps_of(rest))
+
+
+def read_statistic(leaf: Leaf) -> Statistic:
+    """The statistic a leaf holds, by the first kind that reads it. Raises Refused."""
+    reasons = []
+    for kind in NORM_KINDS.values():
+        try:
+            return kind.read(leaf)
+        except Refused as reason:
+            reasons.append(str(reason))
+    raise Refused("; ".join(reasons))
+
+
+def op_of(leaf: Leaf) -> str:
+    """The op that a leaf's definition names, or nothing."""
+    return leaf.definition.op if leaf.definition else ""
+
+
+def under_root(leaf: Leaf) -> Value:
+    """v of 1 / sqrt(v)."""
+    definition = leaf.definition
+    if definition is not None and definition.op == "rsqrt":
+        return definition.operands[0]
+    if definition is not None and definition.op == "reciprocal":
+        operand = definition.operands[0]
+        root = operand.leaves()[0].definition if len(operand.leaves()) == 1 else None
+        if len(operand.terms) == 1 and root is not None and root.op == "sqrt":
+            return root.operands[0]
+    raise Refused(f"a row factor that is no rsqrt but {op_of(leaf) or 'unknown'}")
+
+
+def split_mean(value: Value) -> tuple[Leaf, list[Term]]:
+    """The mean in a sum of one mean and other terms, and those terms."""
+    means = [t for t in value.terms if t.factors and op_of(t.factors[0].leaf) == "mean"]
+    if len(means) != 1 or len(means[0].factors) != 1 or set(means[0].coefficients) != {1.0}:
+        raise Refused("a root of something else than a mean of squares")
+    return means[0].factors[0].leaf, [t for t in value.terms if t is not means[0]]
+
+
+def mean_of_squares(kind: str, mean: Leaf, eps: float | Scalar) -> Statistic:
+    """The statistic of a mean over the squares of a row's channels."""
+    definition = mean.definition
+    assert definition is not None
+    square, (dims, _) = definition.operands[0], definition.params
+    factors = square.terms[0].factors
+    if len(square.terms) != 1 or set(square.terms[0].coefficients) != {1.0}:
+        raise Refused("a mean of something else than squares")
+    if len(factors) != 2 or factors[0] != factors[1]:
+        raise Refused("a mean of something else than squares")
+    base, index = factors[0].leaf, factors[0].axes[-1]
+    reduced = [a for d in dims for a in square.dims[d]]
+    if len(reduced) != 1 or index.stride(reduced[0]) != 1 or len(set(index.offsets)) != 1:
+        raise Refused("a mean over other elements than a row's channels")
+    kept = [s for a, s in index.strides if a is not reduced[0]]
+    stride = kept[0] if len(kept) == 1 else 0
+    return Statistic(kind, base, reduced[0].size, index.offsets[0], stride, eps)
+
+
+def eps_of(terms: Sequence[Term]) -> float | Scalar:
+    """The scalar that is added to a mean, as a number or as a float of the graph."""
+    if not terms:
+        return 0.0
+    if len(terms) > 1 or len(terms[0].factors) > 1 or len(set(terms[0].coefficients)) > 1:
+        raise Refused("an eps that is no scalar")
+    term = terms[0]
+    if not term.factors:
+        return real(term.coefficients[0])
+    slot = term.factors[0].leaf.slot
+    if not isinstance(slot, Scalar) or term.coefficients[0] != 1:
+        raise Refused("an eps that is no scalar")
+    return slot
+
+
+def real(number: complex) -> float:
+    """A coefficient that must be real."""
+    if isinstance(number, complex) and number.imag:
+        raise Refused("a complex factor")
+    return float(number.real)
