@@ -237,8 +237,7 @@ def _flip(result: Result, x: Value, dims: Sequence[int]) -> Value:
     for dim in (_dim(x, d) for d in dims):
         x = flatten_explicit(x, dim)
         size = x.shape[dim]
-        parts = [shapes.narrow(x, dim, size - 1 - i, 1, 1) for i in range(size)]
-        x = shapes.concatenate(parts, dim)
+        x = shapes.narrow(x, dim, size - 1, -1, size)
     return x
 
 
