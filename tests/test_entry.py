@@ -125,7 +125,7 @@ def test_inductors_rounding_points_leave_the_graph() -> None:
 def test_wrong_options_raise_as_they_do_for_inductor(options: Any, mode: Any) -> None:
     def compile_with(backend: Any) -> str:
         torch._dynamo.reset()
-        with pytest.raises(Exception) as error, torch.no_grad():  # noqa: B017
+        with pytest.raises(Exception) as error, torch.no_grad():
             toy = Attention()
             torch.compile(toy, backend=backend, options=options, mode=mode)(hidden_states())
         return str(error.value)
