@@ -56,14 +56,17 @@ def norm_rope_store_(
 ) -> tuple[Tensor, Tensor | None]:
     """As `norm_rope`; then k_cache[b, slots[t]] = k[b, t], and v_cache from v the same way."""
     assert record.store is not None
-    q_row, k_row = norm_rope(
-        q, k, q_weight, k_weight, q_scale, k_scale, cos, sin, q_eps, k_eps, record
-    )
-    if k_row is not None:
-        store_(k_cache, slots, k_row, record.store.heads_first)
+    q_row = row(q, record.q, q_weight, q_scale, cos, sin, q_eps)
+    k_row = None
+    if k is not None and record.k is not None:
+        parts = row_parts(k, record.k, k_weight, k_scale, cos, sin, k_eps)
+        if record.k.keep:
+            k_row = assembled(parts, record.k.channels, record.k.heads_first)
+            parts = [(0, 1, k_row)]
+        store_(k_cache, slots, parts, record.store.heads_first)
     if v is not None and v_cache is not None and record.v is not None:
-        v_row = row(v, record.v, None, None, cos, sin, 0.0)
-        store_(v_cache, slots, v_row, record.store.heads_first)
+        v_parts = row_parts(v, record.v, None, None, cos, sin, 0.0)
+        store_(v_cache, slots, v_parts, record.store.heads_first)
     return q_row, k_row
 
 
@@ -81,17 +84,28 @@ def row(
     Shapes: x [B, T, H, D]; weight [D] or [H, D]; scale [B|1, T|1, H|1]; cos, sin [B|1, T|1, Rt].
     Rounding: float64 throughout for a float64 x, else float32; once, at the end, to stream.dtype.
     """
-    work = working_dtype(x)
+    parts = row_parts(x, stream, weight, scale, cos, sin, eps)
+    return assembled(parts, stream.channels, stream.heads_first)
+
+
+def row_parts(
+    x: Tensor,
+    stream: Stream,
+    weight: Tensor | None,
+    scale: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    eps: float,
+) -> list[Part]:
+    """`row` in parts that tile its channels, each rounded, so that loops write each part once."""
     norm = stream.norm
-    y = x.to(work)
+    y = x.to(working_dtype(x))
     if norm and norm.when == "before":
         y = normalise(y, norm, weight, eps)
     parts = rotated(y, stream, cos, sin)
     if norm and norm.when == "after":
         parts = [(0, 1, normalise(assembled(parts, stream.channels), norm, weight, eps))]
-    # Rounded before they are joined, so that Inductor's loops write each part of a row once.
-    parts = [(start, step, scaled(y, stream, scale)) for start, step, y in parts]
-    return assembled(parts, stream.channels, stream.heads_first)
+    return [(start, step, scaled(y, stream, scale)) for start, step, y in parts]
 
 
 def normalise(x: Tensor, norm: Norm, weight: Tensor | None, eps: float) -> Tensor:
@@ -171,16 +185,18 @@ def assembled(parts: list[Part], channels: int, heads_first: bool = False) -> Te
     return y
 
 
-def store_(cache: Tensor, slots: Tensor, rows: Tensor, heads_first: bool) -> None:
+def store_(cache: Tensor, slots: Tensor, parts: list[Part], heads_first: bool) -> None:
     """cache[b, :, slots[t]] = rows[b, t] ([B, G, S, D]) or cache[b, slots[t]] = rows[b, t].
 
     Mutates: cache, in place. Negative slots count from the end, as index_put_ has it.
     """
-    values = rows.to(cache.dtype)
-    if heads_first:
-        torch.ops.aten.index_put_(cache, [None, None, slots.long()], values.transpose(1, 2))
-    else:
-        torch.ops.aten.index_put_(cache, [None, slots.long()], values)
+    for start, step, part in parts:
+        where, values = take(cache, start, step, part.shape[-1]), part.to(cache.dtype)
+        if heads_first:
+            index = [None, None, slots.long()]
+            torch.ops.aten.index_put_(where, index, values.transpose(1, 2))
+        else:
+            torch.ops.aten.index_put_(where, [None, slots.long()], values)
 
 
 def working_dtype(x: Tensor) -> torch.dtype:

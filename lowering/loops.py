@@ -18,12 +18,19 @@ REFERENCES: dict[str, Callable[..., Any]] = {
 }
 
 
+# Where cos and sin stand among the ops' arguments.
+_TABLES = {"norm_rope": slice(6, 8), "norm_rope_store_": slice(7, 9)}
+
+
 def lower(name: str, args: tuple[Any, ...], record: Record) -> tuple[Any, Any]:
     """Results of fxfuse::<name> on boxes, as loops."""
 
     def run(*tensors: Any) -> Any:
         return REFERENCES[name](*tensors[:-1], record)
 
+    # Tables in memory, or every layer would compute their sines again.
+    for table in (n for n in args[_TABLES[name]] if n is not None):
+        inductor.written(table)
     q_row, k_row = inductor.lower_graph(inductor.traced(run).graph, args)
     q, k = args[0], args[1]
     k_kept = k is not None and record.k is not None and record.k.keep
