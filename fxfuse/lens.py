@@ -33,7 +33,9 @@ def _whole() -> dict[Any, Any]:
     return {
         F.linear: aten.linear.default,
         F.rms_norm: aten.rms_norm.default,
+        torch.rms_norm: aten.rms_norm.default,
         F.layer_norm: aten.layer_norm.default,
+        torch.layer_norm: aten.layer_norm.default,
         F.scaled_dot_product_attention: aten.scaled_dot_product_attention.default,
         F.embedding: aten.embedding.default,
         F.softmax: aten.softmax.int,

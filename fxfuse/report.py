@@ -24,10 +24,7 @@ class Fused:
     provider: str
     record: Record
     eps: tuple[Any, Any]
-
-    @property
-    def kind(self) -> str:
-        return "attention"
+    kind: str = "attention"
 
 
 @dataclasses.dataclass
@@ -108,7 +105,8 @@ def fused_of(site: Site, provider: str) -> Fused:
     op = "norm_rope_store_" if site.record.store else "norm_rope"
     eps = (site.q.eps, site.k.eps if site.k else 0.0)
     where = location(site.q.slot.node)
-    return Fused(stages_of(site.record), where, f"fxfuse::{op}", provider, site.record, eps)
+    op = f"fxfuse::{op}"
+    return Fused(stages_of(site.record), where, op, provider, site.record, eps, site.kind)
 
 
 _lock = threading.Lock()
@@ -121,7 +119,7 @@ def publish(report: Report) -> None:
     global _last
     with _lock:
         _last = report
-        _counts["attention"] += len(report.fused)
+        _counts.update(f.kind for f in report.fused)
         _counts["store"] += sum(f.record.store is not None for f in report.fused)
 
 
@@ -134,7 +132,8 @@ def last_report() -> Report | None:
 
 def counts() -> dict[str, int]:
     """Sites fused since import: "attention" for each attention layer of each compiled graph whose
-    rotation was fused, "store" for each of those whose site includes the KV-cache store.
+    rotation was fused, "store" for each of those whose site includes the KV-cache store, "key"
+    for each k that was fused apart from its q.
     """
     with _lock:
         return dict(_counts)

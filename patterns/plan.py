@@ -7,6 +7,7 @@ may write what it reads, or touch what it stores to.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterable
 
 import torch
@@ -87,8 +88,20 @@ class _Planner:
                 site = self._site(first, None)
             if site is not None:
                 self.plan.sites.append(site)
+        self._tell_keys()
         self._report_refusals()
         return self.plan
+
+    def _tell_keys(self) -> None:
+        """One attention is one site of the kind "attention", also where q and k do not join."""
+        sites = self.plan.sites
+        for i, (site, other) in enumerate(itertools.pairwise(sites), start=1):
+            alone = site.k is None and other.k is None and site.kind == "attention"
+            if alone and self._is_key(other.q) != self._is_key(site.q):
+                sites[i] = dataclasses.replace(other, kind="key")
+
+    def _is_key(self, decoded: Decoded) -> bool:
+        return self._operand_of_attention(decoded) == 1 or self._store_of(decoded) is not None
 
     def _visit(self, call: Call) -> None:
         """Calls come last to first: one whose results nobody outside a stream needs is part of that

@@ -64,6 +64,7 @@ class _Reader:
         self.versions: dict[int, int] = {}
         self.made: dict[Slot, int] = {}
         self.leaf_of: dict[tuple[Slot, int, str], Leaf] = {}
+        self.shared: dict[Any, Slot] = {}
         self.reading = Reading(view, {}, {}, {}, {}, {}, {}, [])
 
     def read(self) -> Reading:
@@ -172,7 +173,7 @@ class _Reader:
         args, kwargs = map_aggregate((call.args, call.kwargs), self._argument)
         relation = entry.relation
         if kind is not Kind.DATA and self._is_leaf_arithmetic(call, relation, args):
-            return [self._leaf(call.outs[0], _offset(call, args))] if len(call.outs) == 1 else None
+            return [self._shared_leaf(call, args)] if len(call.outs) == 1 else None
         out = call.outs[0]
         result = Result(
             out.shape,
@@ -190,6 +191,15 @@ class _Reader:
         return [
             dataclasses.replace(x, dtype=s.dtype) for x, s in zip(values, call.outs, strict=True)
         ]
+
+    def _shared_leaf(self, call: Call, args: Any) -> Value:
+        """The leaf of arithmetic on tables or weights; equal calls on equal tensors share one."""
+        slots = tuple((s, self.versions.get(s.storage, 0)) for s in call.inputs())
+        key = (call.op, repr(_without_slots(call)), slots)
+        first = self.shared.setdefault(key, call.outs[0])
+        if first is not call.outs[0] and self.made[first] == self.versions.get(first.storage, 0):
+            return self.reading.values[first]
+        return self._leaf(call.outs[0], _offset(call, args))
 
     def _is_leaf_arithmetic(self, call: Call, relation: Relation, args: Any) -> bool:
         """Tables and weights: arithmetic and rounding on them stay outside and are loaded as they
@@ -221,6 +231,11 @@ class _Reader:
         leaf = Leaf(len(self.reading.leaves), shape, dtype, Kind.DATA, None, definition=definition)
         self.reading.leaves.append(leaf)
         return leaf_value(leaf)
+
+
+def _without_slots(call: Call) -> Any:
+    """A call's constants, in their places."""
+    return map_aggregate((call.args, call.kwargs), lambda x: "" if isinstance(x, Slot) else x)
 
 
 def _offset(call: Call, args: Any) -> Definition | None:

@@ -85,6 +85,7 @@ class StoreWrite:
 class Site:
     """One fused op: its record, its streams (q first), its stores, the node it is inserted before,
     and views of its results that the model takes before that node and that move behind the op.
+    `kind` is "key" for the k of an attention whose q is a site of its own, else "attention".
     """
 
     record: Record
@@ -95,6 +96,7 @@ class Site:
     v_store: StoreWrite | None
     before: fx.Node
     sunk: tuple[fx.Node, ...] = ()
+    kind: str = "attention"
 
     def streams(self) -> list[Decoded]:
         return [s for s in (self.q, self.k, self.v) if s is not None]

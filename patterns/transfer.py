@@ -407,16 +407,19 @@ def _mean(
 
 @transfer("compute", aten.rms_norm.default)
 def _rms_norm(
-    result: Result, x: Value, shape: Sequence[Size], weight: Any = None, eps: Any = None
+    result: Result,
+    input: Value,
+    normalized_shape: Sequence[Size],
+    weight: Value | None = None,
+    eps: Any = None,
 ) -> Value:
-    if len(shape) != 1:
+    if len(normalized_shape) != 1:
         raise Opaque("a norm over several axes")
-    eps = torch.finfo(x.dtype).eps if eps is None else eps
-    last = len(x.dims) - 1
-    row = (*result.shape[:-1], 1)
-    mean = result.name(Definition("mean", (_square(result, x),), ((last,), True)), row)
-    rstd = result.name(Definition("rsqrt", (arithmetic.add(mean, result.number(eps)),)), row)
-    y = arithmetic.multiply(whole_row(x, rstd), rstd, result.dtype)
+    eps = _operand(result, torch.finfo(input.dtype).eps if eps is None else eps)
+    last, row = len(input.dims) - 1, (*result.shape[:-1], 1)
+    mean = result.name(Definition("mean", (_square(result, input),), ((last,), True)), row)
+    rstd = result.name(Definition("rsqrt", (arithmetic.add(mean, eps),)), row)
+    y = arithmetic.multiply(whole_row(input, rstd), rstd, result.dtype)
     return y if weight is None else arithmetic.multiply(y, weight, result.dtype)
 
 

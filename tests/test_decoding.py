@@ -94,16 +94,8 @@ def test_more_than_twelve_spellings_share_one_record() -> None:
     assert len(records) == 1
 
 
-IN_A_CALL = pytest.mark.xfail(
-    strict=True, reason="the lens expands torch.rms_norm into an in-place add it cannot follow"
-)
-
-
 def norms(*exceptions: Any) -> list[Any]:
-    marks = {spellings.functional: IN_A_CALL}
-    return [
-        pytest.param(n, id=n.__name__, marks=marks.get(n, ())) for n in NORMS if n not in exceptions
-    ]
+    return [pytest.param(n, id=n.__name__) for n in NORMS if n not in exceptions]
 
 
 @pytest.mark.parametrize("norm", norms())
