@@ -9,6 +9,7 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 from torch._inductor import ir
@@ -93,9 +94,14 @@ def launch(kernel: Any, plan: Launch) -> None:
         constant_args_idx=kernel_side_table.add_constant_args(plan.constants),
         grid=[(*plan.grid, 1)],
         tma_descriptor_metadata={},
-        kwargs=plan.arguments,
+        kwargs={name: _wide(x) for name, x in plan.arguments.items()},
         **extra,
     )
+
+
+def _wide(x: Any) -> Any:
+    """Integers of more than 32 bits as sympy's: 2.11 asks their methods of them."""
+    return sympy.Integer(x) if isinstance(x, int) and abs(x) >= 2**31 else x
 
 
 def traced(function: Callable[..., Any]) -> fx.GraphModule:

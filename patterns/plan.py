@@ -362,7 +362,7 @@ class _Planner:
         for call in self.uses.consumers.get(slot, []):
             if call in self.absorbed:
                 continue
-            through = call.node in self.view_nodes
+            through = self.reading.relations.get(call) == "view"
             found += [c for o in call.outs for c in self._final_consumers(o)] if through else [call]
         return found
 

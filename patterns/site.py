@@ -106,7 +106,10 @@ class Site:
 
 
 def location(node: fx.Node) -> str:
-    """The model's file:line of a node: the innermost frame of its stack trace."""
+    """The model's file:line of a node: the innermost frame of its stack trace.
+
+    A file of an installed package is named from the package on.
+    """
     frames = [
         line.strip()
         for line in (node.meta.get("stack_trace") or "").splitlines()
@@ -115,4 +118,5 @@ def location(node: fx.Node) -> str:
     if not frames:
         return "no source"
     file, line, *_ = frames[-1].removeprefix("File ").split(", ")
-    return f"{file.strip(chr(34))}:{line.removeprefix('line ')}"
+    path = file.strip('"').rpartition("site-packages/")[2]
+    return f"{path}:{line.removeprefix('line ')}"

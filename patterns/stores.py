@@ -56,7 +56,8 @@ def _rows(
 ) -> StoreWrite:
     """Whole rows at the slots of a [B, G, S, D] or [B, S, G, D] cache, the same for all of B."""
     if len(cache.shape) != 4 or len(value.shape) != 4 or dim not in (1, 2):
-        raise Refused(f"a write along axis {dim} of a cache of {len(cache.shape)} axes")
+        axes = f"{len(value.shape)} axes along axis {dim} of a cache of {len(cache.shape)}"
+        raise Refused(f"rows of {axes}, wanted four axes and a token axis")
     if slots.dtype not in (torch.int64, torch.int32) or len(slots.shape) != 1:
         raise Refused("slots that are no vector of integers")
     if cache.dtype != value.dtype:
