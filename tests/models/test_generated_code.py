@@ -1,4 +1,4 @@
-"""The C++ that Inductor generates for a decode step of Qwen3: what is allocated, what is written."""
+"""The C++ Inductor generates for a decode step of Qwen3: what is allocated, what is written."""
 
 from __future__ import annotations
 
