@@ -86,12 +86,19 @@ class _Lens:
         if example is None and any(self._slots(node)):
             return self._call(node, None)
         if not _has_tensor(example):
+            self._read(node)
             return Scalar(node, example) if isinstance(example, torch.SymFloat) else example
         if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
             source = self.view.results[node.args[0]]
             if not isinstance(source, Slot):
                 return source[node.args[1]]
         return self._call(node, example)
+
+    def _read(self, node: fx.Node) -> None:
+        """A call with a number as its result reads its tensors, unless it asks for sizes alone."""
+        inputs = tuple(self._slots(node))
+        if inputs and node.target not in _METADATA:
+            self._add(Call("read", inputs, {}, node))
 
     def _slots(self, node: fx.Node) -> Iterator[Slot]:
         for arg in node.all_input_nodes:
@@ -231,6 +238,7 @@ class _Lens:
         return map_aggregate(template.result, slot)
 
 
+_METADATA = frozenset({"size", "stride", "storage_offset", "numel", "dim", "ndimension", getattr})
 _AUTOCAST = (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)
 
 

@@ -41,6 +41,10 @@ class _Editor:
         writing = {c.node for c in view.calls if c.writes or c.op is None}
         self.pure = {nodes[n] for n in calls - writing if slots_of(view.results[n])}
         self.examples: dict[Any, Any] = {}
+        self.readers: dict[Slot, set[fx.Node]] = {}
+        for call in view.calls:
+            for slot in call.inputs():
+                self.readers.setdefault(slot, set()).add(nodes[call.node])
         self.dead: list[fx.Node] = []
 
     def replace(self, site: Site) -> None:
@@ -120,10 +124,17 @@ class _Editor:
         return result
 
     def _substitute(self, slot: Slot, new: fx.Node) -> None:
-        """Every user of the slot reads the new node; the nodes that only handed it on are dead."""
+        """Every reader of the slot reads the new node; the nodes that only handed it on are dead.
+
+        A user that asks for nothing but metadata (`size`, `type_as`) may stand before the op and
+        keeps the old node, whose numbers nobody computes then.
+        """
         same = {self.nodes[n] for n, result in self.view.results.items() if result is slot}
+        readers = self.readers.get(slot, set()) - same
         for node in same:
-            node.replace_all_uses_with(new, delete_user_cb=lambda user: user not in same)
+            node.replace_all_uses_with(
+                new, delete_user_cb=lambda user: user in readers or user.op == "output"
+            )
         self.dead += same
 
     def _remove_store(self, call: Call) -> None:

@@ -72,6 +72,26 @@ def test_a_result_used_before_the_store_keeps_the_store_behind() -> None:
     assert check(finish).fused
 
 
+@pytest.mark.parametrize(
+    "like", [lambda one, k: one.type_as(k), lambda one, k: one.expand_as(k)[..., :1]]
+)
+def test_a_reader_of_k_s_metadata_alone_may_stand_before_the_store(like: Any) -> None:
+    def finish(q: Tensor, k: Tensor, v: Tensor, *memory: Tensor) -> Any:
+        one = torch.ones(1, dtype=torch.float64)
+        return by_index_copy(q, k, v, *memory) + like(one, k).float().mean()
+
+    assert stages(check(finish)) == ["store(k,v)"]
+
+
+def test_a_number_read_from_the_cache_is_read_where_it_stands() -> None:
+    def finish(q: Tensor, k: Tensor, v: Tensor, *memory: Tensor) -> Any:
+        before = memory[0].sum().item()
+        return by_index_copy(q, k, v, *memory) * before
+
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        assert stages(check(finish)) == ["store(k,v)"]
+
+
 def test_a_scaled_k_is_stored_as_it_is_read() -> None:
     def finish(q: Tensor, k: Tensor, v: Tensor, *memory: Tensor) -> Any:
         return by_index_copy(q, 2 * k, 3 * v, *memory)
