@@ -38,7 +38,7 @@ def cache_layout(op: Any) -> Callable[[F], F]:
 def _index_copy(call: Call) -> StoreWrite:
     """cache.index_copy_(dim, slots, value), of [B, G, S, D] (dim 2) or [B, S, G, D] (dim 1)."""
     cache, dim, slots, value = call.args
-    return _rows(call, cache, dim % len(cache.shape), slots, value, "invalid")
+    return rows_write(call, cache, dim % len(cache.shape), slots, value, "invalid")
 
 
 @cache_layout(aten.index_put_.default)
@@ -48,10 +48,10 @@ def _index_put(call: Call) -> StoreWrite:
     given = [d for d, i in enumerate(indices) if i is not None]
     if len(given) != 1 or any(accumulate) or call.kwargs.get("accumulate"):
         raise Refused("an index_put_ that is no plain write of rows")
-    return _rows(call, cache, given[0], indices[given[0]], value, "wrap")
+    return rows_write(call, cache, given[0], indices[given[0]], value, "wrap")
 
 
-def _rows(
+def rows_write(
     call: Call, cache: Slot, dim: int, slots: Slot, value: Slot, negative: Negative
 ) -> StoreWrite:
     """Whole rows at the slots of a [B, G, S, D] or [B, S, G, D] cache, the same for all of B."""

@@ -23,7 +23,7 @@ from fxfuse.patterns.norms import (
     op_of,
 )
 from fxfuse.patterns.site import StoreWrite
-from fxfuse.patterns.stores import LAYOUTS, _rows, cache_layout
+from fxfuse.patterns.stores import LAYOUTS, cache_layout, rows_write
 from fxfuse.patterns.value import Leaf
 from fxfuse.slots import Call
 from tests.toys import Attention, assert_like, attend, check, explain, hidden_states, stages
@@ -136,7 +136,7 @@ def scatter() -> Iterator[None]:
             slots = slots.call.inputs()[0]
         if slots.storage != index.storage or slots.offset != index.offset:
             raise Refused("slots that no node of the graph holds")
-        return _rows(call, cache, dim, slots, value, "invalid")
+        return rows_write(call, cache, dim, slots, value, "invalid")
 
     yield
     del LAYOUTS[aten.scatter_.src]
