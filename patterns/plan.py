@@ -1,8 +1,7 @@
 """Plan: decoded streams joined into sites, one op each, where memory allows it.
 
-First the frontier: the last slot of each rotated value that a stream can make and that something
-outside needs. Then q and k that read the same tables are joined, and the cache writes of k and v
-with them. A fused op stands after its last input and before its first consumer; nothing in between
+q and k of the frontier that read the same tables are joined, and the cache writes of k and v with
+them. A fused op stands after its last input and before its first consumer; nothing in between
 may write what it reads, or touch what it stores to.
 """
 
@@ -14,14 +13,13 @@ import torch
 from torch import fx
 
 from fxfuse.patterns.access import Refused
-from fxfuse.patterns.decode import decode, is_rotated
+from fxfuse.patterns.frontier import Frontier
 from fxfuse.patterns.memory import Memory
-from fxfuse.patterns.prove import Disproved, Untried, prove
 from fxfuse.patterns.read import Reading
 from fxfuse.patterns.record import Record
 from fxfuse.patterns.site import Decoded, Refusal, Site, StoreWrite, location
 from fxfuse.patterns.stores import find_stores, stored_copy
-from fxfuse.slots import Call, Scalar, Slot, slots_of
+from fxfuse.slots import Call, Slot
 
 aten = torch.ops.aten
 
@@ -35,39 +33,17 @@ class Plan:
     disproved: list[str] = dataclasses.field(default_factory=list)
 
 
-class Uses:
-    """Who consumes a slot: calls by slot, and what the graph returns."""
-
-    def __init__(self, reading: Reading) -> None:
-        view = reading.view
-        self.consumers: dict[Slot, list[Call]] = {}
-        for call in view.calls:
-            for slot in dict.fromkeys(call.inputs()):
-                self.consumers.setdefault(slot, []).append(call)
-        self.holder: dict[Slot, fx.Node] = {}
-        for node, result in view.results.items():
-            if isinstance(result, Slot):
-                self.holder.setdefault(result, node)
-        output = next(n for n in view.graph.nodes if n.op == "output")
-        self.returned = {
-            slot for node in output.all_input_nodes for slot in slots_of(view.results[node])
-        }
-        self.output = output
-
-
 class _Planner:
     def __init__(self, reading: Reading, store: bool, training: bool) -> None:
         self.reading = reading
-        self.uses = Uses(reading)
+        frontier = Frontier(reading, training=training)
+        self.uses, self.absorbed = frontier.uses, frontier.absorbed
+        self.streams, self.refused = frontier.streams, frontier.refused
         self.memory = Memory(reading)
         self.stores, self.no_stores = find_stores(reading)
         self.may_store = store and not training
-        self.training = training
         self.store_reasons: dict[Call, str] = {}
-        self.absorbed: set[Call] = set()
-        self.streams: list[Decoded] = []
-        self.refused: dict[Slot, tuple[str, str]] = {}
-        self.plan = Plan([], [])
+        self.plan = Plan([], [], frontier.disproved)
         views: dict[fx.Node, bool] = {}
         for call in reading.view.calls:
             is_view = reading.relations.get(call) == "view"
@@ -75,8 +51,6 @@ class _Planner:
         self.view_nodes = {node for node, is_view in views.items() if is_view}
 
     def run(self) -> Plan:
-        for call in reversed(self.reading.view.calls):
-            self._visit(call)
         self.streams.sort(key=lambda d: self.memory.index[self.uses.holder[d.slot]])
         waiting = list(self.streams)
         while waiting:
@@ -102,74 +76,6 @@ class _Planner:
 
     def _is_key(self, decoded: Decoded) -> bool:
         return self._operand_of_attention(decoded) == 1 or self._store_of(decoded) is not None
-
-    def _visit(self, call: Call) -> None:
-        """Calls come last to first: one whose results nobody outside a stream needs is part of that
-        stream.
-        """
-        if not call.outs or call.writes or call not in self.reading.relations:
-            return
-        if not any(self._is_needed(slot) for slot in call.outs):
-            self.absorbed.add(call)
-            return
-        slot = call.outs[0]
-        value = self.reading.values[slot]
-        if not (self._computes(call) and is_rotated(value)):
-            return
-        try:
-            self._accept(call, slot)
-        except Refused as reason:
-            self.refused[slot] = ("decode", str(reason))
-        except Untried as reason:
-            self.refused[slot] = ("prove", str(reason))
-        except Disproved as reason:
-            self.refused[slot] = ("prove", str(reason))
-            self.plan.disproved.append(f"{slot.node.name}: {reason}")
-
-    def _computes(self, call: Call) -> bool:
-        """Whether a call's result is a stream's end: no view, but for the one that merges pairs
-        into channels, as the flatten after a stack or after view_as_real.
-        """
-        if self.reading.relations[call] != "view":
-            return True
-        x, y = self.reading.values[call.inputs()[0]].dims, self.reading.values[call.outs[0]].dims
-        if not x or not y or x[-1] == y[-1] or x[:-2] != y[:-1]:
-            return False
-        return y[-1] == (*x[-2], *x[-1])
-
-    def _is_needed(self, slot: Slot) -> bool:
-        consumers = self.uses.consumers.get(slot, [])
-        return slot in self.uses.returned or any(c not in self.absorbed for c in consumers)
-
-    def _accept(self, call: Call, slot: Slot) -> None:
-        if slot not in self.uses.holder:
-            raise Refused("a result inside one call of the model's graph")
-        decoded = decode(slot, self.reading.values[slot])
-        for access in decoded.accesses():
-            if not isinstance(access.leaf.slot, Slot | Scalar):
-                raise Refused("an operand that no node of the graph holds")
-            if isinstance(access.leaf.slot, Slot) and access.leaf.slot not in self.uses.holder:
-                raise Refused("an operand inside one call of the model's graph")
-        if self.training:
-            self._check_gradients(decoded)
-        prove(decoded)
-        stream = dataclasses.replace(
-            decoded.stream,
-            dtype=str(slot.dtype).removeprefix("torch."),
-            heads_first=_is_heads_first(decoded),
-        )
-        self.streams.append(dataclasses.replace(decoded, stream=stream))
-        self.absorbed.add(call)
-
-    def _check_gradients(self, decoded: Decoded) -> None:
-        """Raises Refused where the op has no gradient."""
-        norm = decoded.stream.norm
-        if norm is not None and norm.kind != "rms":
-            raise Refused(f"no gradient for the norm kind {norm.kind}")
-        for table in (decoded.cos, decoded.sin):
-            slot = table.leaf.slot if table else None
-            if isinstance(slot, Slot) and slot.node.meta["example_value"].requires_grad:
-                raise Refused("a table that requires a gradient")
 
     def _joinable(self, a: Decoded, b: Decoded) -> bool:
         """Streams of one attention: they turn by the same rows of the same tables."""
@@ -378,20 +284,6 @@ class _Planner:
             seen.update(new)
             waiting += new
         return seen
-
-
-def _is_heads_first(decoded: Decoded) -> bool:
-    """The memory order the graph's own result has, or its dims' order where the sizes leave it
-    open.
-    """
-    _, token, head = decoded.rows
-    if token is None or head is None:
-        return False
-    stride, shape = decoded.slot.stride, decoded.slot.shape
-    if shape[token] == 1 or shape[head] == 1:
-        return head < token
-    a, b = stride[head], stride[token]
-    return a > b if isinstance(a, int) and isinstance(b, int) else head < token
 
 
 def _rows_fit(reading: Reading, store: StoreWrite, decoded: Decoded) -> bool:

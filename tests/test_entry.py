@@ -335,6 +335,34 @@ def test_a_region_without_gradients() -> None:
     )
 
 
+class Detached(Attention):
+    def rotate(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        return llama(q.detach(), cos, sin), llama(k, cos, sin)
+
+
+def norm_without_its_gradient(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    with torch.no_grad():
+        factor = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+    return x * factor * weight
+
+
+@pytest.mark.parametrize(
+    ("toy", "reason"),
+    [
+        (Detached(), "a detached value"),
+        (Attention(norm=norm_without_its_gradient), "in part without gradients"),
+    ],
+)
+def test_a_chain_whose_gradient_is_cut_is_refused(toy: Any, reason: str) -> None:
+    def gradient(run: Any) -> Tensor:
+        x = hidden_states().requires_grad_()
+        return torch.autograd.grad(run(x).square().sum(), x)[0]
+
+    compiled = torch.compile(toy, backend=fxfuse.Backend(compiler="eager"))
+    assert_like(gradient(compiled), gradient(toy))
+    assert any(reason in r.reason for r in fxfuse.last_report().refused)
+
+
 @torch.no_grad()
 def test_an_autocast_region_is_right() -> None:
     toy, x = Attention(norm=rsqrt), hidden_states()

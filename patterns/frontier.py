@@ -1,0 +1,175 @@
+"""The frontier: for each rotated value, the last slot that a stream can make and something needs.
+
+Calls are visited last to first. One whose results nobody outside a stream reads is absorbed by that
+stream; of the others, each with a rotated Value is decoded and proved, or refused with the reason.
+"""
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxfuse.patterns.access import Refused
+from fxfuse.patterns.decode import decode, is_rotated
+from fxfuse.patterns.prove import Disproved, Untried, prove
+from fxfuse.patterns.read import Reading
+from fxfuse.patterns.site import Decoded
+from fxfuse.slots import Call, Scalar, Slot, slots_of
+
+aten = torch.ops.aten
+
+
+class Uses:
+    """Who consumes a slot: calls by slot, and what the graph returns."""
+
+    def __init__(self, reading: Reading) -> None:
+        view = reading.view
+        self.consumers: dict[Slot, list[Call]] = {}
+        for call in view.calls:
+            for slot in dict.fromkeys(call.inputs()):
+                self.consumers.setdefault(slot, []).append(call)
+        self.holder: dict[Slot, fx.Node] = {}
+        for node, result in view.results.items():
+            if isinstance(result, Slot):
+                self.holder.setdefault(result, node)
+        output = next(n for n in view.graph.nodes if n.op == "output")
+        self.returned = {
+            slot for node in output.all_input_nodes for slot in slots_of(view.results[node])
+        }
+        self.output = output
+
+
+class Frontier:
+    """The streams of a graph, the calls they absorb, and (stage, reason) of each refused slot."""
+
+    def __init__(self, reading: Reading, *, training: bool) -> None:
+        self.reading = reading
+        self.training = training
+        self.uses = Uses(reading)
+        self.grad_modes = _grad_modes(reading.view.graph)
+        self.absorbed: set[Call] = set()
+        self.streams: list[Decoded] = []
+        self.refused: dict[Slot, tuple[str, str]] = {}
+        self.disproved: list[str] = []
+        for call in reversed(reading.view.calls):
+            self._visit(call)
+
+    def _visit(self, call: Call) -> None:
+        """Calls come last to first: one whose results nobody outside a stream needs is part of that
+        stream.
+        """
+        if not call.outs or call.writes or call not in self.reading.relations:
+            return
+        if not any(self._is_needed(slot) for slot in call.outs):
+            self.absorbed.add(call)
+            return
+        slot = call.outs[0]
+        value = self.reading.values[slot]
+        if not (self._computes(call) and is_rotated(value)):
+            return
+        try:
+            self._accept(call, slot)
+        except Refused as reason:
+            self.refused[slot] = ("decode", str(reason))
+        except Untried as reason:
+            self.refused[slot] = ("prove", str(reason))
+        except Disproved as reason:
+            self.refused[slot] = ("prove", str(reason))
+            self.disproved.append(f"{slot.node.name}: {reason}")
+
+    def _computes(self, call: Call) -> bool:
+        """Whether a call's result is a stream's end: no view, but for the one that merges pairs
+        into channels, as the flatten after a stack or after view_as_real.
+        """
+        if self.reading.relations[call] != "view":
+            return True
+        x, y = self.reading.values[call.inputs()[0]].dims, self.reading.values[call.outs[0]].dims
+        if not x or not y or x[-1] == y[-1] or x[:-2] != y[:-1]:
+            return False
+        return y[-1] == (*x[-2], *x[-1])
+
+    def _is_needed(self, slot: Slot) -> bool:
+        consumers = self.uses.consumers.get(slot, [])
+        return slot in self.uses.returned or any(c not in self.absorbed for c in consumers)
+
+    def _accept(self, call: Call, slot: Slot) -> None:
+        if slot not in self.uses.holder:
+            raise Refused("a result inside one call of the model's graph")
+        decoded = decode(slot, self.reading.values[slot])
+        for access in decoded.accesses():
+            self._check_operand(access.leaf.slot, slot)
+        if self.training:
+            self._check_gradients(decoded)
+        prove(decoded)
+        stream = dataclasses.replace(
+            decoded.stream,
+            dtype=str(slot.dtype).removeprefix("torch."),
+            heads_first=_is_heads_first(decoded),
+        )
+        self.streams.append(dataclasses.replace(decoded, stream=stream))
+        self.absorbed.add(call)
+
+    def _check_operand(self, operand: Any, slot: Slot) -> None:
+        if isinstance(operand, Scalar):
+            return
+        if not isinstance(operand, Slot):
+            raise Refused("an operand that no node of the graph holds")
+        if operand not in self.uses.holder:
+            raise Refused("an operand inside one call of the model's graph")
+        if operand.device != slot.device:
+            raise Refused(f"operands on {operand.device} and {slot.device}")
+
+    def _check_gradients(self, decoded: Decoded) -> None:
+        """Raises Refused where the op's gradient would not be the graph's."""
+        norm = decoded.stream.norm
+        if norm is not None and norm.kind != "rms":
+            raise Refused(f"no gradient for the norm kind {norm.kind}")
+        for table in (decoded.cos, decoded.sin):
+            slot = table.leaf.slot if table else None
+            if isinstance(slot, Slot):
+                example = self.uses.holder[slot].meta.get("example_value")
+                if isinstance(example, torch.Tensor) and example.requires_grad:
+                    raise Refused("a table that requires a gradient")
+        chain = self._chain(decoded)
+        if any(call.op == aten.detach.default for call in chain):
+            raise Refused("a detached value: the op would give it a gradient")
+        if len({self.grad_modes[call.node] for call in chain}) > 1:
+            raise Refused("a chain that is computed in part without gradients")
+
+    def _chain(self, decoded: Decoded) -> list[Call]:
+        """The calls that make a stream's result from its operands."""
+        ends = {a.leaf.slot for a in decoded.accesses()}
+        found: dict[Call, None] = {}
+        waiting = [decoded.slot]
+        while waiting:
+            slot = waiting.pop()
+            if slot in ends or slot.call is None or slot.call in found:
+                continue
+            found[slot.call] = None
+            waiting += slot.call.inputs()
+        return list(found)
+
+
+def _grad_modes(graph: fx.Graph) -> dict[fx.Node, bool]:
+    """For each node, whether the graph has grad mode on there."""
+    modes, mode = {}, True
+    for node in graph.nodes:
+        if node.target is torch._C._set_grad_enabled:
+            mode = bool(node.args[0])
+        modes[node] = mode
+    return modes
+
+
+def _is_heads_first(decoded: Decoded) -> bool:
+    """The memory order the graph's own result has, or its dims' order where the sizes leave it
+    open.
+    """
+    _, token, head = decoded.rows
+    if token is None or head is None:
+        return False
+    stride, shape = decoded.slot.stride, decoded.slot.shape
+    if shape[token] == 1 or shape[head] == 1:
+        return head < token
+    a, b = stride[head], stride[token]
+    return a > b if isinstance(a, int) and isinstance(b, int) else head < token
