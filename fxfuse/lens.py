@@ -69,7 +69,6 @@ class _Lens:
             if node.op == "output":
                 continue
             self.view.results[node] = self._node(node)
-        self.view.expansions = len(self.templates)
         return self.view
 
     def _node(self, node: fx.Node) -> Any:

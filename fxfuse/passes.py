@@ -10,7 +10,6 @@ from contextlib import contextmanager
 import torch
 from torch import fx
 
-from fxfuse import ops as _ops
 from fxfuse.lens import look
 from fxfuse.lowering.providers import Facts, choose
 from fxfuse.patterns.plan import plan
@@ -57,7 +56,6 @@ def _fuse(gm: fx.GraphModule, settings: Settings, report: Report) -> fx.GraphMod
     if reason := _reason_to_leave(settings):
         report.notes.append(reason)
         return gm
-    assert _ops
     with _timed(report, "lens"):
         view = look(gm)
     with _timed(report, "read"):

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import fxfuse.ops  # noqa: F401  defines the ops that are called here
 from fxfuse.patterns.plan import Plan
 from fxfuse.patterns.site import Access, Decoded, Site
 from fxfuse.slots import Call, Scalar, Slot, View, slots_of

@@ -61,5 +61,4 @@ class View:
     graph: fx.Graph
     calls: list[Call]
     results: dict[fx.Node, Any]
-    expansions: int = 0
     opaque: dict[fx.Node, str] = dataclasses.field(default_factory=dict)

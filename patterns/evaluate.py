@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from fxfuse.patterns.transfer import DEFINITIONS
+from fxfuse.patterns.transfer_arithmetic import DEFINITIONS
 from fxfuse.patterns.value import Atom, Index, Leaf, Size, Value
 
 

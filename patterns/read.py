@@ -13,6 +13,8 @@ import torch
 from torch import fx
 from torch.fx.node import map_aggregate
 
+import fxfuse.patterns.transfer_arithmetic
+import fxfuse.patterns.transfer_shapes  # noqa: F401  these two fill the table
 from fxfuse.patterns import arithmetic
 from fxfuse.patterns.transfer import TRANSFERS, Relation, Result, is_exact_cast
 from fxfuse.patterns.value import Definition, Kind, Leaf, Opaque, Value, constant, leaf_value

@@ -1,0 +1,192 @@
+"""Transfers of arithmetic, and of the row statistics that become leaves with definitions."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from fxfuse.patterns import arithmetic, shapes
+from fxfuse.patterns.transfer import Result, dim_of, transfer
+from fxfuse.patterns.value import STATISTICS, Definition, Leaf, Opaque, Size, Value, leaf_value
+
+aten = torch.ops.aten
+
+
+def _operand(result: Result, x: Any) -> Value:
+    return x if isinstance(x, Value) else result.number(x)
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, (int, float, complex)) and not isinstance(x, bool)
+
+
+@transfer("compute", aten.mul.Tensor, aten.mul.Scalar)
+def _mul(result: Result, a: Any, b: Any) -> Value:
+    if _is_number(a) or _is_number(b):
+        x, number = (a, b) if _is_number(b) else (b, a)
+        return arithmetic.scaled(x, number, result.dtype)
+    a, b = _operand(result, a), _operand(result, b)
+    if a is b or (a.terms is b.terms and a.dims == b.dims):
+        return _square(result, a)
+    return arithmetic.multiply(whole_row(a, b), whole_row(b, a), result.dtype)
+
+
+@transfer("compute", aten.div.Tensor, aten.div.Scalar)
+def _div(result: Result, a: Any, b: Any) -> Value:
+    if _is_number(b):
+        return arithmetic.scaled(a, 1 / b, result.dtype)
+    a = _operand(result, a)
+    return _mul(result, a, _inverse(result, _operand(result, b)))
+
+
+@transfer("compute", aten.add.Tensor, aten.add.Scalar)
+def _add(result: Result, a: Any, b: Any, *, alpha: Any = 1) -> Value:
+    a, b = _operand(result, a), _operand(result, b)
+    if alpha != 1:
+        b = arithmetic.scaled(b, alpha)
+    if a.sources() and b.sources() and not a.sources() & b.sources():
+        raise Opaque("a sum of different sources")
+    return arithmetic.add(a, b, result.dtype)
+
+
+@transfer("compute", aten.sub.Tensor, aten.sub.Scalar)
+def _sub(result: Result, a: Any, b: Any, *, alpha: Any = 1) -> Value:
+    return _add(result, a, b, alpha=-alpha)
+
+
+@transfer("compute", aten.rsub.Scalar, aten.rsub.Tensor)
+def _rsub(result: Result, a: Any, b: Any, *, alpha: Any = 1) -> Value:
+    return _add(result, b, a, alpha=-alpha)
+
+
+@transfer("compute", aten.addcmul.default)
+def _addcmul(result: Result, x: Value, a: Value, b: Value, *, value: Any = 1) -> Value:
+    return _add(result, x, arithmetic.scaled(_mul(result, a, b), value))
+
+
+@transfer("compute", aten.neg.default)
+def _neg(result: Result, x: Value) -> Value:
+    return arithmetic.scaled(x, -1, result.dtype)
+
+
+@transfer("compute", aten._conj.default, aten.conj.default)
+def _conj(result: Result, z: Value) -> Value:
+    return arithmetic.mapped(z, lambda c: complex(c).conjugate(), result.dtype)
+
+
+@transfer("compute", aten.sum.dim_IntList)
+def _sum(
+    result: Result, x: Value, dims: Sequence[int] | None, keepdim: bool = False, **kwargs: Any
+) -> Value:
+    if dims is None or len(dims) != 1 or not isinstance(n := x.shape[dim_of(x, dims[0])], int):
+        raise Opaque("a sum over several axes")
+    dim = dim_of(x, dims[0])
+    if n > 4 or x.dims[dim] == ():
+        raise Opaque("a long sum")
+    total = shapes.narrow(x, dim, 0, 1, 1)
+    for i in range(1, n):
+        total = _add(result, total, shapes.narrow(x, dim, i, 1, 1))
+    return total if keepdim else shapes.squeeze(total, [dim])
+
+
+def _square(result: Result, x: Value) -> Value:
+    """x * x; a sum of terms gets a name first, so that the square keeps one term."""
+    if len(x.terms) > 1:
+        x = result.name(Definition("sum", (x,)))
+    return arithmetic.multiply(x, x, result.dtype)
+
+
+def whole_row(x: Value, statistic: Value) -> Value:
+    """x, or the name of x under which `statistic` squared it."""
+    if len(x.terms) < 2:
+        return x
+    for leaf in statistic.leaves():
+        for named in _squared_sums(leaf):
+            whole = named.definition.operands[0] if named.definition else None
+            if whole is not None and whole.terms is x.terms and whole.dims == x.dims:
+                return dataclasses.replace(leaf_value(named), dtype=x.dtype)
+    return x
+
+
+def _squared_sums(leaf: Leaf) -> list[Leaf]:
+    """The named sums behind a statistic."""
+    if leaf.definition is None:
+        return []
+    if leaf.definition.op == "sum":
+        return [leaf]
+    if leaf.definition.op not in STATISTICS:
+        return []
+    return [x for o in leaf.definition.operands for y in o.leaves() for x in _squared_sums(y)]
+
+
+def _inverse(result: Result, x: Value) -> Value:
+    return result.name(Definition("reciprocal", (x,)), x.shape)
+
+
+@transfer("compute", aten.pow.Tensor_Scalar)
+def _pow(result: Result, x: Value, exponent: Any) -> Value:
+    if exponent == 2:
+        return _square(result, x)
+    if exponent == -0.5:
+        return result.name(Definition("rsqrt", (x,)))
+    if exponent == 0.5:
+        return result.name(Definition("sqrt", (x,)))
+    raise Opaque(f"a power of {exponent}")
+
+
+@transfer("compute", aten.square.default)
+def _square_op(result: Result, x: Value) -> Value:
+    return _square(result, x)
+
+
+@transfer("compute", aten.rsqrt.default)
+def _rsqrt(result: Result, x: Value) -> Value:
+    return result.name(Definition("rsqrt", (x,)))
+
+
+@transfer("compute", aten.sqrt.default)
+def _sqrt(result: Result, x: Value) -> Value:
+    return result.name(Definition("sqrt", (x,)))
+
+
+@transfer("compute", aten.reciprocal.default)
+def _reciprocal(result: Result, x: Value) -> Value:
+    return result.name(Definition("reciprocal", (x,)))
+
+
+@transfer("compute", aten.mean.dim)
+def _mean(
+    result: Result, x: Value, dims: Sequence[int] | None, keepdim: bool = False, **kwargs: Any
+) -> Value:
+    every = dims or range(len(x.dims))
+    return result.name(Definition("mean", (x,), (tuple(dim_of(x, d) for d in every), keepdim)))
+
+
+@transfer("compute", aten.rms_norm.default)
+def _rms_norm(
+    result: Result,
+    input: Value,
+    normalized_shape: Sequence[Size],
+    weight: Value | None = None,
+    eps: Any = None,
+) -> Value:
+    if len(normalized_shape) != 1:
+        raise Opaque("a norm over several axes")
+    eps = _operand(result, torch.finfo(input.dtype).eps if eps is None else eps)
+    last, row = len(input.dims) - 1, (*result.shape[:-1], 1)
+    mean = result.name(Definition("mean", (_square(result, input),), ((last,), True)), row)
+    rstd = result.name(Definition("rsqrt", (arithmetic.add(mean, eps),)), row)
+    y = arithmetic.multiply(whole_row(input, rstd), rstd, result.dtype)
+    return y if weight is None else arithmetic.multiply(y, weight, result.dtype)
+
+
+# How a leaf with a definition is computed from its operands.
+DEFINITIONS: dict[str, Callable[..., torch.Tensor]] = {
+    "sum": lambda x: x,
+    "offset": torch.add,
+    "rsqrt": torch.rsqrt,
+    "sqrt": torch.sqrt,
+    "reciprocal": torch.reciprocal,
+    "mean": lambda x, dims, keepdim: x.mean(dims, keepdim),
+}
