@@ -34,10 +34,7 @@ class _Editor:
         self, graph: fx.Graph, view: View, nodes: dict[fx.Node, fx.Node], fake_mode: FakeTensorMode
     ) -> None:
         self.graph, self.view, self.nodes, self.fake_mode = graph, view, nodes, fake_mode
-        self.holder: dict[Slot, fx.Node] = {}
-        for node, result in view.results.items():
-            if isinstance(result, Slot):
-                self.holder.setdefault(result, node)
+        self.holder = view.holders()
         calls = {n for n in view.results if n.op in ("call_function", "call_method")}
         writing = {c.node for c in view.calls if c.writes or c.op is None}
         self.pure = {nodes[n] for n in calls - writing if slots_of(view.results[n])}

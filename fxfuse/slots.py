@@ -62,3 +62,11 @@ class View:
     calls: list[Call]
     results: dict[fx.Node, Any]
     opaque: dict[fx.Node, str] = dataclasses.field(default_factory=dict)
+
+    def holders(self) -> dict[Slot, fx.Node]:
+        """The first node whose result is a slot, for each slot that is a node's whole result."""
+        holders: dict[Slot, fx.Node] = {}
+        for node, result in self.results.items():
+            if isinstance(result, Slot):
+                holders.setdefault(result, node)
+        return holders

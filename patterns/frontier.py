@@ -29,10 +29,7 @@ class Uses:
         for call in view.calls:
             for slot in dict.fromkeys(call.inputs()):
                 self.consumers.setdefault(slot, []).append(call)
-        self.holder: dict[Slot, fx.Node] = {}
-        for node, result in view.results.items():
-            if isinstance(result, Slot):
-                self.holder.setdefault(result, node)
+        self.holder = view.holders()
         output = next(n for n in view.graph.nodes if n.op == "output")
         self.returned = {
             slot for node in output.all_input_nodes for slot in slots_of(view.results[node])

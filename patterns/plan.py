@@ -6,7 +6,6 @@ may write what it reads, or touch what it stores to.
 """
 
 import dataclasses
-import itertools
 from collections.abc import Iterable
 
 import torch
@@ -69,7 +68,8 @@ class _Planner:
     def _tell_keys(self) -> None:
         """One attention is one site of the kind "attention", also where q and k do not join."""
         sites = self.plan.sites
-        for i, (site, other) in enumerate(itertools.pairwise(sites), start=1):
+        for i in range(1, len(sites)):
+            site, other = sites[i - 1], sites[i]
             alone = site.k is None and other.k is None and site.kind == "attention"
             if alone and self._is_key(other.q) != self._is_key(site.q):
                 sites[i] = dataclasses.replace(other, kind="key")

@@ -335,6 +335,29 @@ def test_a_region_without_gradients() -> None:
     )
 
 
+class Apart(Attention):
+    """q and k turn by tables of their own, so that each is a site."""
+
+    def rotate(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        return llama(q, cos, sin), llama(k, cos * 0.5, sin * 0.5)
+
+
+@torch.no_grad()
+def test_an_attention_whose_q_and_k_do_not_join_counts_once() -> None:
+    class TwoLayers(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = torch.nn.ModuleList([Apart(), Apart()])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers[0](x).sum() + self.layers[1](x + 1).sum()
+
+    before = fxfuse.counts()
+    report = fxfuse.explain(TwoLayers(), hidden_states(), compiler="eager")
+    assert [site.kind for site in report.fused] == ["attention", "key"] * 2
+    assert fxfuse.counts()["attention"] - before["attention"] == 2
+
+
 class Detached(Attention):
     def rotate(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         return llama(q.detach(), cos, sin), llama(k, cos, sin)
