@@ -1,0 +1,67 @@
+"""Image models of diffusers of Flux's form: tiny sizes and inputs.
+
+In: nothing. Out: `FLUX_LIKE`, by name. Each has a block with two streams and one with a single one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from tests.sweep.diffusion_inputs import AXES, HEADS, TEXT, Arguments, Diffusion, grid, time, tokens
+from tests.sweep.inputs import noise
+
+FLUX: Arguments = {
+    **HEADS,
+    "patch_size": 1,
+    "in_channels": 4,
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "joint_attention_dim": 32,
+}
+
+
+def _flux2() -> Arguments:
+    nothing = torch.zeros(16, 1)
+    text = torch.cat([torch.zeros(TEXT, 3), torch.arange(float(TEXT))[:, None]], dim=1)
+    places = torch.cat([nothing, grid(4, 4, axes=2), nothing], dim=1)
+    return tokens(img_ids=places[None], txt_ids=text[None], guidance=time())
+
+
+def flux(model: str, file: str, inputs: Callable[[], Arguments], **sizes: Any) -> Diffusion:
+    return Diffusion(file, model, {**FLUX, "axes_dims_rope": AXES, **sizes}, inputs)
+
+
+FLUX_LIKE: dict[str, Diffusion] = {
+    "bria": flux("BriaTransformer2DModel", "transformer_bria", tokens, pooled_projection_dim=None),
+    "chroma": flux(
+        "ChromaTransformer2DModel",
+        "transformer_chroma",
+        tokens,
+        approximator_num_channels=8,
+        approximator_hidden_dim=16,
+        approximator_layers=1,
+    ),
+    "flux": flux(
+        "FluxTransformer2DModel",
+        "transformer_flux",
+        lambda: tokens(pooled_projections=noise(1, 32)),
+        pooled_projection_dim=32,
+    ),
+    "flux2": flux(
+        "Flux2Transformer2DModel",
+        "transformer_flux2",
+        _flux2,
+        axes_dims_rope=(8, 8, 8, 8),
+        timestep_guidance_channels=256,
+    ),
+    "longcat_image": flux(
+        "LongCatImageTransformer2DModel",
+        "transformer_longcat_image",
+        lambda: tokens(guidance=time(3.5)),
+        pooled_projection_dim=32,
+    ),
+    "ovis_image": flux("OvisImageTransformer2DModel", "transformer_ovis_image", tokens),
+}
