@@ -1,0 +1,147 @@
+"""Mutants: thousands of near misses stay right, and what keeps its meaning is fused.
+
+A mutant is Dynamo's graph of a toy with one to three edits; `tests/mutants/` has the edits, the
+toys and the comparison. A mutant that fails prints its case and its steps: `harness.again(case,
+steps)` makes it again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from torch import fx
+
+from fxfuse import passes, reference
+from fxfuse.patterns import frontier, prove
+from tests.mutants import harness
+from tests.mutants.cases import CASES, Case, captured
+from tests.mutants.harness import Tally, Verdict
+from tests.mutants.table import MUTATIONS, Mutation, places
+from tests.toys import by_index_copy
+
+pytestmark = pytest.mark.null
+
+FUSED_PER_CENT = 95.0
+ATTEMPTS = 8  # mutations tried for one step until one fits
+
+
+@st.composite
+def verdicts(draw: Any) -> Verdict:
+    """A mutant of one to three steps, tried; half of them of meaning-keeping steps alone."""
+    case = draw(st.sampled_from(CASES))
+    all_keep = draw(st.booleans())
+    first = True
+
+    def choose(graph: fx.Graph) -> Iterator[tuple[Mutation, fx.Node]]:
+        nonlocal first
+        keeps = all_keep or (not first and draw(st.booleans()))
+        found = places(graph, keeps)
+        for _ in range(ATTEMPTS):
+            name = draw(st.sampled_from(sorted(found)))
+            yield MUTATIONS[name], draw(st.sampled_from(found[name]))
+        first = False
+
+    return harness.judge(case, *harness.mutant(case, choose, draw(st.integers(1, 3))))
+
+
+def tallied(examples: int) -> Tally:
+    """The verdicts on that many mutants, the same ones in every run."""
+    tally = Tally()
+
+    @settings(
+        max_examples=examples,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(verdicts())
+    def collect(verdict: Verdict) -> None:
+        tally.add(verdict)
+
+    collect()
+    return tally
+
+
+@pytest.mark.parametrize(
+    "count", [500, pytest.param(5000, marks=pytest.mark.long)], ids="{} mutants".format
+)
+def test_mutants_are_right_and_those_that_keep_the_meaning_fuse(
+    count: int, record_property: Any
+) -> None:
+    assert [str(c) for c in CASES if not captured(c).stages] == [], "cases that do not fuse"
+    tally = tallied(count + count // 10)
+    record_property("mutants", str(tally))
+    warnings.warn(str(tally), stacklevel=1)  # what pytest's summary shows, also of its workers
+    assert len(tally.verdicts) >= count
+    failed = tally.of("wrong", "crash", "disproved")
+    assert not failed, "\n".join([str(tally), *map(str, failed)])
+    assert tally.share >= FUSED_PER_CENT, "\n".join([str(tally), *map(str, tally.unfused)])
+    assert count < 5000 or tally.kinds() == set(MUTATIONS), "mutations that found no place"
+
+
+# --- the harness itself ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stored() -> Case:
+    """A case with norm, rotation and store in one site."""
+    return next(c for c in CASES if c.finish is by_index_copy and c.norm and not c.after)
+
+
+def copied(case: Case) -> Verdict:
+    """The verdict on the case with a copy of its first tensor in it."""
+    nodes = places(captured(case).gm.graph, keeps=True)["copied"]
+    return harness.again(case, [("copied", nodes[0].name)])
+
+
+def test_a_harmless_mutant_is_right_and_fused(stored: Case) -> None:
+    verdict = copied(stored)
+    assert (verdict.outcome, verdict.keeps, verdict.fused) == ("right", True, True)
+    assert verdict.whole and "copied at linear" in str(verdict)
+
+
+def test_a_near_miss_does_not_keep_the_meaning(stored: Case) -> None:
+    (node, *_) = places(captured(stored).gm.graph, keeps=False)["mean_turned_sum"]
+    verdict = harness.again(stored, [("mean_turned_sum", node.name)])
+    assert (verdict.outcome, verdict.keeps) == ("right", False)
+
+
+def test_a_claim_to_keep_the_meaning_is_checked(stored: Case, monkeypatch: Any) -> None:
+    claimed = dataclasses.replace(MUTATIONS["copied"], function=lambda x: x * 1.01)
+    monkeypatch.setitem(MUTATIONS, "copied", claimed)
+    assert not copied(stored).keeps
+
+
+def test_a_wrong_sign_is_seen(stored: Case, monkeypatch: Any) -> None:
+    monkeypatch.setattr(reference, "plus", lambda a, b, sign: a - sign * b)
+    monkeypatch.setattr(frontier, "prove", lambda decoded: None)
+    assert copied(stored).outcome == "wrong"
+
+
+def test_a_wrong_slot_is_seen(stored: Case, monkeypatch: Any) -> None:
+    store = reference.store_
+    monkeypatch.setattr(reference, "store_", lambda cache, s, *rest: store(cache, s + 1, *rest))
+    assert copied(stored).outcome == "wrong"
+
+
+def test_a_proof_that_fails_is_seen(stored: Case, monkeypatch: Any) -> None:
+    monkeypatch.setattr(reference, "plus", lambda a, b, sign: a - sign * b)
+    monkeypatch.setattr(prove, "_proved", set())
+    assert copied(stored).outcome == "disproved"
+
+
+def test_a_crash_is_seen(stored: Case, monkeypatch: Any) -> None:
+    def broken(*_: Any) -> None:
+        raise ValueError("no rewrite today")
+
+    monkeypatch.setattr(passes, "rewrite", broken)
+    verdict = copied(stored)
+    assert verdict.outcome == "crash" and "no rewrite today" in verdict.reason
