@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import transformers
 
+from fxfuse.entry import source_tag
 from tests.sweep import coverage, expected
 from tests.sweep.measure import Plan
 from tests.sweep.results import Results, UnitResult, line_of, load, save
@@ -39,6 +40,11 @@ def main(arguments: list[str] | None = None) -> int:
     plan = Plan(scenarios, tuple(options.dtype), options.device, options.compiler)
     results = load(options.out) if options.out and not options.redo else Results()
     results.made = _made(plan)
+    older = [u for u in results.units.values() if u.sources != source_tag()]
+    if older:
+        print(
+            f"{len(older)} units in {options.out} are of other sources of fxfuse; --redo runs them"
+        )
     _run_missing(names, plan, results, options)
     chosen = Results(results.made, {n: results.units[n] for n in names})
     print(summary(chosen))

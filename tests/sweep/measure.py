@@ -8,14 +8,20 @@ from __future__ import annotations
 import time
 import warnings
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, fx
 from torch._dynamo.utils import counters
+from torch._inductor.graph import GraphLowering
+from torch._inductor.utils import fresh_cache
 
 import fxfuse
+from fxfuse.entry import source_tag
 from fxfuse.report import Report
 from tests.sweep.build import Example, example_of
 from tests.sweep.residue import Remains, remains_of
@@ -79,7 +85,7 @@ def measure(name: str, plan: Plan) -> UnitResult:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     unit = unit_named(name)
-    result = UnitResult(name, unit.model)
+    result = UnitResult(name, unit.model, sources=source_tag())
     with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=RECOMPILES):
         for dtype in plan.dtypes:
             try:
@@ -108,13 +114,17 @@ def _run(example: Example, name: str, dtype: str, plan: Plan) -> Run:
         return run
     tolerance = TOLERANCE[getattr(torch, dtype)]
     before, backend = dict(fxfuse.counts()), Watching(compiler=plan.compiler)
+    codes: list[str] = []
     try:
-        got = _compiled_outcome(scenario, example.model, backend)
+        with _generated(codes):
+            got = _compiled_outcome(scenario, example.model, backend)
         run.error, run.worst = largest_error(got, want)
         run.status = "ok" if run.error <= tolerance else "wrong"
     except Exception as error:
         run.status, run.message = "crash", _short(error)
     _note_graphs(run, backend, before)
+    if plan.compiler == "inductor" and run.status != "crash":
+        run.residue += _not_lowered(backend, codes)
     if run.status != "ok":
         _compare_with_stock(run, scenario, example.model, plan.compiler, want, tolerance)
     return run
@@ -127,6 +137,24 @@ def _compiled_outcome(scenario: Scenario, model: Any, backend: Any) -> dict[str,
     state = scenario.prepare()
     output = scenario.call(torch.compile(model, backend=backend), state)
     return scenario.tensors(output, state)
+
+
+@contextmanager
+def _generated(codes: list[str]) -> Iterator[None]:
+    """Inductor's generated modules, as they are written; none comes from its cache."""
+    with fresh_cache(), mock.patch.object(GraphLowering, "save_output_code", codes.append):
+        yield
+
+
+def _not_lowered(backend: Watching, codes: list[str]) -> list[str]:
+    """Ops that the generated code does not contain, or calls as they are."""
+    text = "\n".join(codes)
+    problems = []
+    if any(remains.ops for remains in backend.remains) and "norm_rope" not in text:
+        problems.append("fused ops without a kernel in the generated code")
+    if "torch.ops.fxfuse" in text:
+        problems.append("a fused op that is called, not lowered")
+    return problems
 
 
 def _compare_with_stock(

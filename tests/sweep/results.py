@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.sweep.no_rotation import NO_ROTATION
+
 
 @dataclass
 class Run:
@@ -63,7 +65,7 @@ class Run:
 
 @dataclass
 class UnitResult:
-    """All runs of a unit, or why there are none."""
+    """All runs of a unit, or why there are none; `sources` is the digest of fxfuse's files."""
 
     unit: str
     model: str = ""
@@ -71,10 +73,12 @@ class UnitResult:
     not_run: str = ""
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    sources: str = ""
 
     @property
     def rotates(self) -> bool:
-        return any(r.calls for r in self.runs)
+        """Whether a rotation runs, by the functions called and by what they compute."""
+        return any(r.calls for r in self.runs) and self.unit not in NO_ROTATION
 
 
 @dataclass

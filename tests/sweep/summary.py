@@ -1,43 +1,73 @@
 """What a sweep comes to: totals, and what makes it fail.
 
-In: Results. Out: text, and one line for each failure.
+In: Results. Out: totals by scenario and dtype, text, and one line for each failure.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from dataclasses import dataclass
 
 from tests.sweep.results import Results, Run
 
 
+@dataclass
+class Total:
+    """Sums over the units that rotate. What is fused twice makes up for nothing elsewhere."""
+
+    units: int = 0
+    whole: int = 0
+    calls: int = 0
+    fused: int = 0
+    tensors: int = 0
+    fused_tensors: int = 0
+    storing: int = 0
+    stored: int = 0
+    residue: int = 0
+    wrong: int = 0
+    crash: int = 0
+    stock: int = 0
+
+    def add(self, run: Run) -> None:
+        tensors, storing = run.rotary["tensors"], run.rotary["storing"]
+        self.units += 1
+        self.whole += run.covered and not run.residue
+        self.calls += run.calls
+        self.fused += min(run.fused, run.calls)
+        self.tensors += tensors
+        self.fused_tensors += min(run.tensors, tensors)
+        self.storing += storing
+        self.stored += min(run.stored, storing)
+        self.residue += bool(run.residue)
+        self.wrong += run.status == "wrong"
+        self.crash += run.status == "crash"
+        self.stock += run.status == "stock"
+
+    def __str__(self) -> str:
+        return (
+            f"{self.whole} of {self.units} units whole; layers {self.fused} of {self.calls}, "
+            f"q and k {self.fused_tensors} of {self.tensors}, stores {self.stored} of "
+            f"{self.storing}; {self.residue} with residue, {self.wrong} wrong, "
+            f"{self.crash} crashes, {self.stock} as stock"
+        )
+
+
+def totals(results: Results) -> dict[tuple[str, str], Total]:
+    """Totals by (scenario, dtype)."""
+    found: dict[tuple[str, str], Total] = {}
+    for unit, run in results.runs():
+        if unit.rotates and run.calls:
+            found.setdefault((run.scenario, run.dtype), Total()).add(run)
+    return found
+
+
 def summary(results: Results) -> str:
-    """Totals by scenario and dtype, then the units that did not run."""
-    rotating = [u for u in results.units.values() if u.rotates]
+    """Totals as text, then the units that did not run."""
+    rotating = sum(u.rotates for u in results.units.values())
     absent = {name: u.not_run for name, u in results.units.items() if u.not_run}
-    lines = [
-        "",
-        f"{len(results.units)} units: {len(rotating)} rotate, {len(absent)} did not run",
-    ]
-    kinds = dict.fromkeys((run.scenario, run.dtype) for _, run in results.runs())
-    for scenario, dtype in kinds:
-        runs = [r for u in rotating for r in u.runs if (r.scenario, r.dtype) == (scenario, dtype)]
-        lines.append(f"{scenario:14s} {dtype:8s} {_totals(runs)}")
+    lines = [f"\n{len(results.units)} units: {rotating} rotate, {len(absent)} did not run"]
+    lines += [f"{scenario} {dtype}: {t}" for (scenario, dtype), t in totals(results).items()]
     lines += [f"not run: {name}: {reason}" for name, reason in absent.items()]
     return "\n".join(lines)
-
-
-def _totals(runs: list[Run]) -> str:
-    """Counts of fused sites are capped by the calls there are: none makes up for another."""
-    fused, calls = sum(min(r.fused, r.calls) for r in runs), sum(r.calls for r in runs)
-    storing = [r for r in runs if r.rotary.get("storing")]
-    stored = sum(r.stored >= r.rotary["storing"] for r in storing)
-    states = Counter(r.status for r in runs)
-    return (
-        f"fused {fused} of {calls} attention calls, {sum(r.covered for r in runs)} of {len(runs)} "
-        f"units whole; stored whole in {stored} of {len(storing)}; residue in "
-        f"{sum(bool(r.residue) for r in runs)}; "
-        + ", ".join(f"{n} {status}" for status, n in states.items())
-    )
 
 
 def failures(results: Results) -> list[str]:
@@ -49,4 +79,6 @@ def failures(results: Results) -> list[str]:
             problems.append(f"{run.status}: {at}: {run.message or run.worst} {run.error or ''}")
         if run.covered and run.residue:
             problems.append(f"residue: {at}: {'; '.join(run.residue[:3])}")
+        if run.fused and not unit.rotates:
+            problems.append(f"fused where nothing rotates: {at}")
     return problems
