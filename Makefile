@@ -4,8 +4,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
 JOBS   ?= 2
+SWEEP  := build/sweep.json
 
-.PHONY: demo test test-long lint bench clean
+.PHONY: demo test test-long lint bench sweep clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -23,6 +24,12 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/qwen3_generate.py
+
+# Every rotary model of transformers and diffusers; an hour. What $(SWEEP) holds is not run again.
+sweep: $(READY)
+	$(BIN)/pip install --quiet --no-compile -c constraints.txt -e ".[hf,dev,sweep]"
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TRANSFORMERS_VERBOSITY=error $(BIN)/python -m tests.sweep \
+		--library all --all-scenarios --jobs $(JOBS) --out $(SWEEP) --document docs/coverage.md
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
