@@ -197,14 +197,20 @@ def test_expected_rows_are_read_as_they_were_written(tmp_path: Path) -> None:
     accept(result("llama"), file)
     refused = ("rope: a table, 2 tokens", "store: rows of 3 axes")
     assert list(read(file).values()) == [
-        Row("gemma3", "static_decode", 2, 2, 2, 2, refused),
-        Row("llama", "static_decode", 2, 2, 2, 2, ()),
+        Row("gemma3", "static_decode", 2, 2, 2, 2, 4, 4, 0, refused),
+        Row("llama", "static_decode", 2, 2, 2, 2, 4, 4, 0, ()),
     ]
 
 
 @pytest.mark.parametrize(
     ("found", "lost"),
-    [({}, 0), ({"fused": 1}, 1), ({"stored": 1}, 1), ({"fused": 4, "stored": 4}, 0)],
+    [
+        ({}, 0),
+        ({"fused": 1}, 1),
+        ({"stored": 1}, 1),
+        ({"tensors": 2}, 1),
+        ({"fused": 4, "stored": 4}, 0),
+    ],
 )
 def test_fewer_sites_than_expected_are_lost(tmp_path: Path, found: dict, lost: int) -> None:
     file = tmp_path / "expected.txt"
@@ -220,7 +226,9 @@ def test_fewer_sites_than_expected_are_lost(tmp_path: Path, found: dict, lost: i
         ({"status": "crash"}, ["crash"]),
         ({"status": "stock"}, []),
         ({"residue": ["mul at a.py:1"]}, ["residue"]),
+        ({"residue": ["mul at a.py:1"], "tensors": 2}, ["residue"]),
         ({"residue": ["mul at a.py:1"], "fused": 1, "tensors": 2}, []),
+        ({"rotary": {}, "fused": 1}, ["fused where nothing rotates"]),
     ],
 )
 def test_what_makes_a_sweep_fail(found: dict, problems: list[str]) -> None:

@@ -48,8 +48,8 @@ def document(results: Results) -> str:
         _table(["unit", "scenario", "dtype", "what"], _other_rows(results)),
         "## Units without a rotation\n",
         _table(["unit", "why"], _without_rotation(results)),
-        "## Units that did not run\n",
-        _table(["unit", "why"], _not_run(results)),
+        "## What did not run\n",
+        _table(["unit", "scenario", "why"], _not_run(results)),
     ]
     return "\n".join(sections)
 
@@ -71,7 +71,8 @@ def _total_rows(results: Results) -> Iterable[Sequence[object]]:
 
 
 def _shown(unit: UnitResult) -> Run:
-    return min(unit.runs, key=lambda run: SHOWN.index(run.scenario))
+    """The run that shows a unit that rotates."""
+    return min((r for r in unit.runs if r.calls), key=lambda run: SHOWN.index(run.scenario))
 
 
 def _whole_row(unit: UnitResult) -> Sequence[object]:
@@ -101,7 +102,7 @@ def _store_rows(units: list[UnitResult]) -> Iterable[Sequence[object]]:
 
 def _other_rows(results: Results) -> Iterable[Sequence[object]]:
     for unit, run in results.runs():
-        if run.status != "ok":
+        if run.status not in ("ok", "none"):
             error = "" if run.error is None else f" (relative error {run.error:.1e})"
             what = f"{run.status}: {run.message or run.worst}{error}"
             yield (unit.unit, run.scenario, run.dtype, what)
@@ -116,9 +117,8 @@ def _without_rotation(results: Results) -> Iterable[Sequence[object]]:
 def _not_run(results: Results) -> Iterable[Sequence[object]]:
     for name, unit in results.units.items():
         if unit.not_run:
-            yield (name, unit.not_run)
-        elif all(run.status == "none" for run in unit.runs):
-            yield (name, unit.runs[0].message)
+            yield (name, "", unit.not_run)
+        yield from ((name, r.scenario, r.message) for r in unit.runs if r.status == "none")
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

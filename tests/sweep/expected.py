@@ -14,9 +14,11 @@ FILE = Path(__file__).parents[1] / "models" / "expected.txt"
 HEADER = """\
 # What `python -m tests.sweep --sample --accept` found: float32, compiler="eager", on the CPU.
 # layers: calls of an attention that rotates, and how many of them store into a cache
-# fused: sites that ran, and how many of them store; every refusal with its reason
+# fused: sites that ran, and how many of them store
+# q,k: tensors that fused sites rotate, of all that are rotated
+# left: products with cosines or sines that are still in the compiled graphs
 """
-COLUMNS = f"{'unit':30s} {'scenario':14s} layers fused  refused"
+COLUMNS = f"{'unit':26s} {'scenario':14s} layers fused q,k   left refused"
 
 
 @dataclass(frozen=True)
@@ -29,18 +31,24 @@ class Row:
     storing: int
     fused: int
     stored: int
+    tensors: int
+    rotated: int
+    left: int
     refused: tuple[str, ...]
 
     def __str__(self) -> str:
         layers, fused = f"{self.layers}/{self.storing}", f"{self.fused}/{self.stored}"
-        refused = " | ".join(self.refused) or "-"
-        return f"{self.unit:30s} {self.scenario:14s} {layers:6s} {fused:6s} {refused}"
+        tensors, refused = f"{self.tensors}/{self.rotated}", " | ".join(self.refused) or "-"
+        counts = f"{layers:6s} {fused:5s} {tensors:5s} {self.left:<4d}"
+        return f"{self.unit:26s} {self.scenario:14s} {counts} {refused}"
 
 
 def row_of(unit: str, run: Run) -> Row:
-    storing = run.rotary.get("storing", 0)
+    storing, rotated = run.rotary.get("storing", 0), run.rotary.get("tensors", 0)
+    layers, fused = (run.calls, storing), (run.fused, run.stored)
+    tensors, left = (run.tensors, rotated), len(run.residue)
     reasons = tuple(reason.replace(" | ", " ") for reason in run.reasons)
-    return Row(unit, run.scenario, run.calls, storing, run.fused, run.stored, reasons)
+    return Row(unit, run.scenario, *layers, *fused, *tensors, left, reasons)
 
 
 def rows_of(results: Results) -> dict[tuple[str, str], Row]:
@@ -65,18 +73,22 @@ def accept(results: Results, file: Path = FILE) -> None:
 
 
 def lost_sites(results: Results, file: Path = FILE) -> list[str]:
-    """One line for each scenario with fewer sites or stores than the file has."""
+    """One line for each scenario with fewer sites, stores or rotated tensors than the file has."""
     found = rows_of(results)
     return [
-        f"lost: {row.unit} {row.scenario}: {now.fused}/{now.stored} fused, "
-        f"{row.fused}/{row.stored} expected"
-        for key, row in read(file).items()
-        if (now := found.get(key)) and (now.fused < row.fused or now.stored < row.stored)
+        f"lost: {was.unit} {was.scenario}: {_counts(now)}, expected {_counts(was)}"
+        for key, was in read(file).items()
+        if (now := found.get(key))
+        and any(a < b for a, b in zip(_counts(now), _counts(was), strict=True))
     ]
 
 
+def _counts(row: Row) -> tuple[int, int, int]:
+    """What must not fall: sites, stores, rotated tensors."""
+    return row.fused, row.stored, row.tensors
+
+
 def _row(line: str) -> Row:
-    unit, scenario, layers, fused, *rest = line.split(maxsplit=4)
-    refused = rest[0].split(" | ") if rest and rest[0] != "-" else []
-    counts = [int(n) for pair in (layers, fused) for n in pair.split("/")]
-    return Row(unit, scenario, *counts, tuple(refused))
+    unit, scenario, layers, fused, tensors, left, refused = line.split(maxsplit=6)
+    counts = [int(n) for pair in (layers, fused, tensors, left) for n in pair.split("/")]
+    return Row(unit, scenario, *counts, tuple(refused.split(" | ")) if refused != "-" else ())

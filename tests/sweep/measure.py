@@ -188,9 +188,9 @@ def _note_graphs(run: Run, backend: Watching, before: dict[str, int]) -> None:
         )
         stages.update(" + ".join(f.stages) for f in report.fused)
         run.notes += [n for n in report.notes if n not in run.notes]
-        run.refusals += [
-            {"stage": r.stage, "reason": r.reason, "where": r.where} for r in report.refused
-        ]
+        for refusal in report.refused:
+            said = {"stage": refusal.stage, "reason": refusal.reason, "where": refusal.where}
+            run.refusals += [said] if said not in run.refusals else []
         run.residue += [str(r) for r in remains.residue]
         claimed = len(report.fused), sum(f.record.store is not None for f in report.fused)
         if claimed != (remains.ops, remains.stores):

@@ -77,7 +77,7 @@ def failures(results: Results) -> list[str]:
         at = f"{unit.unit} {run.scenario} {run.dtype}"
         if run.status in ("wrong", "crash"):
             problems.append(f"{run.status}: {at}: {run.message or run.worst} {run.error or ''}")
-        if run.covered and run.residue:
+        if run.fused >= run.calls and run.residue and run.status != "none":
             problems.append(f"residue: {at}: {'; '.join(run.residue[:3])}")
         if run.fused and not unit.rotates:
             problems.append(f"fused where nothing rotates: {at}")
