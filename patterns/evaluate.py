@@ -25,8 +25,10 @@ def evaluate(
     known = dict(tensors)
     total = torch.zeros(grid.sizes, dtype=dtype)
     for term in value.terms:
-        coefficient = torch.tensor(term.coefficients)
-        part = grid.on_explicit(coefficient if coefficient.is_complex() else coefficient.to(dtype))
+        is_complex = any(isinstance(c, complex) for c in term.coefficients)
+        exact = torch.complex128 if is_complex else torch.float64
+        coefficient = torch.tensor(term.coefficients, dtype=exact)
+        part = grid.on_explicit(coefficient if is_complex else coefficient.to(dtype))
         for factor in term.factors:
             tensor = _leaf(factor.leaf, known, size_of)
             part = part * tensor[tuple(grid.index(i) for i in factor.axes)]
