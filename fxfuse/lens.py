@@ -23,7 +23,13 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fxfuse.expansion import Made, Recorder, Ref, Template, describe, difference, fresh
 from fxfuse.slots import Call, Scalar, Slot, View, slots_of
-from fxfuse.torch_private import fake_mode_of, size_of, storage_key, without_guards
+from fxfuse.torch_private import (
+    fake_mode_of,
+    is_mapped,
+    size_of,
+    storage_key,
+    without_guards,
+)
 
 aten = torch.ops.aten
 
@@ -135,6 +141,8 @@ class _Lens:
 
     def _call(self, node: fx.Node, example: Any) -> Any:
         """Expand one call by its template; on any trouble it is opaque."""
+        if any(_is_mapped(n.meta.get("example_value")) for n in (node, *node.all_input_nodes)):
+            return self._opaque(node, example, "inside a vmap")
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self.view.results[n])
         if node.op == "call_function" and node.target in WHOLE:
             return self._whole(node, args, kwargs, example)
@@ -268,6 +276,10 @@ def _constant_key(x: Any, numbers: dict[Slot, int]) -> Any:
 
 def _has_tensor(tree: Any) -> bool:
     return any(isinstance(x, torch.Tensor) for x in tree_flatten(tree)[0])
+
+
+def _is_mapped(tree: Any) -> bool:
+    return any(isinstance(x, torch.Tensor) and is_mapped(x) for x in tree_flatten(tree)[0])
 
 
 def look(gm: fx.GraphModule) -> View:

@@ -43,10 +43,11 @@ def fuse_graph(gm: fx.GraphModule, settings: Settings) -> tuple[fx.GraphModule, 
         report.notes.append(f"not fused, an error of fxfuse: {reason}")
         return gm, report
     log.debug("%s", report)
-    if settings.strict and (refused := [r for r in report.refused if r.stage != "store"]):
+    left = [r for r in report.refused if r.stage not in ("store", "cut")]
+    if settings.strict and left:
         raise FxfuseError(
             "fxfuse: strict=True and a rotation was not fused:\n"
-            + "\n".join(f"  {r}" for r in refused)
+            + "\n".join(f"  {r}" for r in left)
             + "\nfuse it by changing the model's spelling there, or compile with strict=False"
         )
     return fused, report

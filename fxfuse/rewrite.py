@@ -67,6 +67,8 @@ class _Editor:
         q, k, v = site.q, site.k, site.v
         anchor = self.nodes[q.slot.node]
         operands = [self._operand(d.x, anchor) if d else None for d in (q, k)]
+        if k is not None and site.is_single():
+            operands[0] = self._add("narrow", (operands[0], 2, 0, 0), anchor)
         extras = [
             self._operand(access, anchor) if access else None
             for access in (

@@ -1,9 +1,10 @@
 """Settings of a Backend: one frozen dataclass, compared and hashed by value."""
 
 import dataclasses
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
-Compiler = Literal["inductor", "aot_eager", "eager"]
+Compiler = Literal["inductor", "aot_eager", "eager"] | Callable[..., Any]
 Numerics = Literal["inductor", "graph"]
 
 DISABLEABLE = ("attention", "store")
@@ -23,7 +24,7 @@ class Settings:
                rounding points, which the fused kernels do not keep, so that nothing is fused and
                the report says so
     compiler   what compiles the rewritten graph; "eager" and "aot_eager" run the reference, for
-               fast tests
+               fast tests; or any function that torch.compile takes as a backend
     """
 
     strict: bool = False
@@ -32,7 +33,8 @@ class Settings:
     compiler: Compiler = "inductor"
 
     def __post_init__(self) -> None:
-        _check("compiler", self.compiler, ("inductor", "aot_eager", "eager"))
+        if not callable(self.compiler):
+            _check("compiler", self.compiler, ("inductor", "aot_eager", "eager", "a function"))
         _check("numerics", self.numerics, ("inductor", "graph"))
         for stage in self.disable:
             _check("disable", stage, DISABLEABLE)

@@ -29,7 +29,7 @@ class Slot:
     device: torch.device
     storage: int
     node: fx.Node
-    call: "Call | None" = None
+    call: "Call | None" = dataclasses.field(default=None, repr=False)
 
 
 @dataclasses.dataclass(eq=False)

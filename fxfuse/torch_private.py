@@ -72,7 +72,14 @@ def symint_of(node: fx.Node, expression: Any) -> Any:
 
 def storage_key(t: torch.Tensor) -> int:
     """Equal for two tensors exactly when they share a storage (while both live)."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(t):
+        t = torch._C._functorch.get_unwrapped(t)
     return int(t.untyped_storage()._cdata)
+
+
+def is_mapped(t: torch.Tensor) -> bool:
+    """Whether a tensor is one row, or more, of a vmap: its shape leaves out axes that it has."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(t))
 
 
 def source_name(node: fx.Node) -> str:
@@ -133,11 +140,11 @@ def _tagged(tag: str) -> Iterator[None]:
         yield
 
 
-def compile_with(name: str, gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
-    """torch's own eager or aot_eager backend."""
+def compile_with(compiler: Any, gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
+    """Another backend's compile: torch's own eager or aot_eager by name, or any function."""
     from torch._dynamo.backends.registry import lookup_backend
 
-    return lookup_backend(name)(gm, example_inputs)
+    return lookup_backend(compiler)(gm, example_inputs)
 
 
 def reset_inductor() -> None:

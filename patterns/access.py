@@ -74,14 +74,16 @@ def rows_access(factor: Factor, groups: Sequence[Sequence[Atom]]) -> Access:
     return Access(factor.leaf, (*steps, *_arrange(labels, groups, channels=False)))
 
 
-def table_access(table: Factor, groups: Sequence[Sequence[Atom]]) -> Access:
-    """A table as [B | 1, T | 1, R]; a complex one as its real view, [.., 2 R]."""
-    last = len(table.axes) - 1
-    if any(s for _, s in table.axes[last].strides):
+def table_access(table: Factor, groups: Sequence[Sequence[Atom]], channels: int) -> Access:
+    """A table as [B | 1, T | 1, R], its last `channels` axes flattened to R; a complex one as its
+    real view, [.., 2 R].
+    """
+    last = len(table.axes) - channels
+    if any(s for index in table.axes[last:] for _, s in index.strides):
         raise Refused("a table whose channels differ by row")
-    steps: list[Step] = []
+    steps: list[Step] = [("flatten", last)] if channels > 1 else []
     if table.leaf.part:
-        steps = [("view_as_real",), ("flatten", -2)]
+        steps = [("view_as_real",), ("flatten", last)]
     row_steps, labels = _rows(table, [*_axes(last), CHANNELS], last)
     return Access(table.leaf, (*steps, *row_steps, *_arrange(labels, groups[:2], channels=True)))
 

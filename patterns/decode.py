@@ -47,8 +47,11 @@ def is_rotated(value: Value) -> bool:
     """
     if len(value.terms) < 2:
         return any(_is_norm_of_sum(f.leaf) for t in value.terms for f in t.factors)
-    common = set.intersection(*({f.leaf for f in t.factors} for t in value.terms))
-    tables = [any(_is_table(f, common) for f in t.factors) for t in value.terms]
+    held = [{f.leaf for f in t.factors} for t in value.terms]
+    of_data = [leaves for leaves in held if any(x.kind is Kind.DATA for x in leaves)] or held
+    common = set.intersection(*of_data)
+    channels = value.dims[-1] if value.dims else ()
+    tables = [any(_is_table(f, common, channels) for f in t.factors) for t in value.terms]
     return sum(tables) >= 2 and any(x.kind is Kind.DATA for x in common)
 
 
@@ -113,12 +116,25 @@ def _varies(value: Value, leaf: Leaf) -> bool:
     )
 
 
-def _is_table(factor: Factor, common: set[Leaf]) -> bool:
+def _is_table(factor: Factor, common: set[Leaf], channels: tuple[Atom, ...] = ()) -> bool:
+    """Whether a factor is a table: it differs between terms, or along the channels, which are
+    explicit or `channels`.
+    """
     if factor.leaf.kind is Kind.WEIGHT or is_statistic(factor.leaf) or not factor.axes:
         return False
     if factor.leaf not in common:
-        return True
-    return factor.leaf.kind is Kind.TABLE and len(set(factor.axes[-1].offsets)) > 1
+        return factor.leaf.kind is Kind.TABLE or _is_given(factor.leaf)
+    return factor.leaf.kind is Kind.TABLE and any(
+        len(set(index.offsets)) > 1 or any(index.stride(a) for a in channels)
+        for index in factor.axes
+    )
+
+
+def _is_given(leaf: Leaf) -> bool:
+    """Whether a leaf is an input of the graph, as tables are where an attention is a graph of its
+    own.
+    """
+    return isinstance(leaf.slot, Slot) and leaf.slot.call is None
 
 
 def _is_scale(factor: Factor) -> bool:
@@ -266,19 +282,33 @@ def _entries(parts: _Parts, start: int) -> list[list[Entry]]:
     for term, x, table in zip(parts.value.terms, parts.x, parts.tables, strict=True):
         for i, c in enumerate(term.coefficients):
             if c:
-                place = _place(table, i) if table else 0
+                place = _place(parts, table, i) if table else 0
                 channel = x.axes[-1].offsets[i] - start
                 leaf = table.leaf if table else None
                 result[i].append(Entry(real(c), channel, leaf, place))
     return result
 
 
-def _place(table: Factor, i: int) -> int:
-    """The table's channel; a complex table is read as its real view, real and imaginary parts in
-    turn.
+def _place(parts: _Parts, table: Factor, i: int) -> int:
+    """The table's channel, row-major over its channel axes; a complex table is read as its real
+    view, real and imaginary parts in turn.
     """
-    offset = table.axes[-1].offsets[i]
-    return offset if not table.leaf.part else 2 * offset + (table.leaf.part == "im")
+    place, first = 0, len(table.axes) - _channel_axes(parts, table.leaf)
+    for index, size in zip(table.axes[first:], table.leaf.shape[first:], strict=True):
+        if not isinstance(size, int):
+            raise Refused("a table of unknown width")
+        place = place * size + index.offsets[i]
+    return place if not table.leaf.part else 2 * place + (table.leaf.part == "im")
+
+
+def _channel_axes(parts: _Parts, leaf: Leaf) -> int:
+    """How many of a table's last axes the channels walk: one, or three of a table of 2 x 2
+    matrices.
+    """
+    factors = [t for t in parts.tables if t is not None and t.leaf is leaf]
+    axes = range(len(leaf.shape))
+    walked = [j for j in axes if any(len(set(t.axes[j].offsets)) > 1 for t in factors)]
+    return len(leaf.shape) - min(walked, default=len(leaf.shape) - 1)
 
 
 def _head_stride(x: Factor) -> tuple[Atom, int] | None:
@@ -322,9 +352,10 @@ def _rows(parts: _Parts) -> tuple[int | None, int | None, int | None]:
 def _table(parts: _Parts, leaf: Leaf, atoms: Sequence[tuple[Atom, ...]]) -> Access:
     """A table's operand; every product that reads it must read the same row."""
     factors = [t for t in parts.tables if t is not None and t.leaf is leaf]
-    if any(t.axes[:-1] != factors[0].axes[:-1] for t in factors):
+    channels = _channel_axes(parts, leaf)
+    if any(t.axes[:-channels] != factors[0].axes[:-channels] for t in factors):
         raise Refused("a table that is read at several rows")
-    return table_access(factors[0], atoms)
+    return table_access(factors[0], atoms, channels)
 
 
 def _weight(parts: _Parts, start: int, when: str) -> tuple[Access | None, float]:

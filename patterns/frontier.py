@@ -11,10 +11,12 @@ import torch
 from torch import fx
 
 from fxfuse.patterns.access import Refused
+from fxfuse.patterns.cut import cuts
 from fxfuse.patterns.decode import decode, is_rotated
 from fxfuse.patterns.prove import Disproved, Untried, prove
 from fxfuse.patterns.read import Reading
 from fxfuse.patterns.site import Decoded
+from fxfuse.patterns.value import Value
 from fxfuse.slots import Call, Scalar, Slot, slots_of
 
 aten = torch.ops.aten
@@ -46,6 +48,7 @@ class Frontier:
         self.uses = Uses(reading)
         self.grad_modes = _grad_modes(reading.view.graph)
         self.absorbed: set[Call] = set()
+        self.operands: set[Any] = set()
         self.streams: list[Decoded] = []
         self.refused: dict[Slot, tuple[str, str]] = {}
         self.disproved: list[str] = []
@@ -66,14 +69,27 @@ class Frontier:
         if not (self._computes(call) and is_rotated(value)):
             return
         try:
-            self._accept(call, slot)
-        except Refused as reason:
-            self.refused[slot] = ("decode", str(reason))
-        except Untried as reason:
-            self.refused[slot] = ("prove", str(reason))
+            self._accept(call, slot, value)
         except Disproved as reason:
             self.refused[slot] = ("prove", str(reason))
             self.disproved.append(f"{slot.node.name}: {reason}")
+        except (Refused, Untried) as reason:
+            stage = "decode" if isinstance(reason, Refused) else "prove"
+            if self._accept_part(call, slot):
+                self.refused[slot] = ("cut", f"what comes before the rotation: {reason}")
+            else:
+                self.refused[slot] = (stage, str(reason))
+
+    def _accept_part(self, call: Call, slot: Slot) -> bool:
+        """Whether the slot is a stream from a tensor in the midst of its chain on."""
+        for value in cuts(self.reading, slot):
+            if is_rotated(value):
+                try:
+                    self._accept(call, slot, value)
+                except (Refused, Untried, Disproved):
+                    continue
+                return True
+        return False
 
     def _computes(self, call: Call) -> bool:
         """Whether a call's result is a stream's end: no view, but for the one that merges pairs
@@ -82,18 +98,20 @@ class Frontier:
         if self.reading.relations[call] != "view":
             return True
         x, y = self.reading.values[call.inputs()[0]].dims, self.reading.values[call.outs[0]].dims
-        if not x or not y or x[-1] == y[-1] or x[:-2] != y[:-1]:
+        if len(x) < 2 or not y or x[-1] == y[-1] or x[:-2] != y[:-1]:
             return False
         return y[-1] == (*x[-2], *x[-1])
 
     def _is_needed(self, slot: Slot) -> bool:
         consumers = self.uses.consumers.get(slot, [])
+        if slot in self.operands:
+            return True
         return slot in self.uses.returned or any(c not in self.absorbed for c in consumers)
 
-    def _accept(self, call: Call, slot: Slot) -> None:
+    def _accept(self, call: Call, slot: Slot, value: Value) -> None:
         if slot not in self.uses.holder:
             raise Refused("a result inside one call of the model's graph")
-        decoded = decode(slot, self.reading.values[slot])
+        decoded = decode(slot, value)
         for access in decoded.accesses():
             self._check_operand(access.leaf.slot, slot)
         if self.training:
@@ -106,6 +124,7 @@ class Frontier:
         )
         self.streams.append(dataclasses.replace(decoded, stream=stream))
         self.absorbed.add(call)
+        self.operands.update(a.leaf.slot for a in decoded.accesses())
 
     def _check_operand(self, operand: Any, slot: Slot) -> None:
         if isinstance(operand, Scalar):

@@ -12,13 +12,14 @@ import torch
 from torch import fx
 
 from fxfuse.patterns.access import Refused
+from fxfuse.patterns.cut import seen_from
 from fxfuse.patterns.frontier import Frontier
 from fxfuse.patterns.memory import Memory
 from fxfuse.patterns.read import Reading
 from fxfuse.patterns.record import Record
 from fxfuse.patterns.site import Decoded, Refusal, Site, StoreWrite, location
 from fxfuse.patterns.stores import find_stores, stored_copy
-from fxfuse.slots import Call, Slot
+from fxfuse.slots import Call, Scalar, Slot
 
 aten = torch.ops.aten
 
@@ -43,6 +44,10 @@ class _Planner:
         self.may_store = store and not training
         self.store_reasons: dict[Call, str] = {}
         self.plan = Plan([], [], frontier.disproved)
+        self.ends = {d.slot for d in self.streams}
+        self.stored_from: dict[Slot, list[StoreWrite]] = {}
+        for write in self.stores:
+            self.stored_from.setdefault(self._origin(write.value), []).append(write)
         views: dict[fx.Node, bool] = {}
         for call in reading.view.calls:
             is_view = reading.relations.get(call) == "view"
@@ -70,7 +75,7 @@ class _Planner:
         sites = self.plan.sites
         for i in range(1, len(sites)):
             site, other = sites[i - 1], sites[i]
-            alone = site.k is None and other.k is None and site.kind == "attention"
+            alone = site.is_single() and other.is_single() and site.kind == "attention"
             if alone and self._is_key(other.q) != self._is_key(site.q):
                 sites[i] = dataclasses.replace(other, kind="key")
 
@@ -88,21 +93,31 @@ class _Planner:
         q, k = self._roles(a, b)
         k_store = self._store_of(k) if k is not None and self.may_store else None
         v_store = self._partner_store(k_store) if k_store else None
-        reasons: list[str] = []
-        for stores in ([k_store, v_store], [k_store, None], [None, None]):
-            if stores[0] is k_store or not any(stores):
-                try:
-                    return self._place(q, k, *stores)
-                except Refused as reason:
-                    reasons.append(str(reason))
-                    self.store_reasons |= {s.call: str(reason) for s in stores if s}
-        if b is None:
-            self.refused[a.slot] = ("plan", reasons[-1])
+        if k_store and (site := self._stored(q, k, k_store, v_store)):
+            return site
+        if k_store and b is not None and k is not None and self._stored(k, k, k_store, v_store):
+            return None
+        try:
+            return self._place(a if b is None else q, None if b is None else k, None, None)
+        except Refused as reason:
+            if b is None:
+                self.refused[a.slot] = ("plan", str(reason))
+        return None
+
+    def _stored(
+        self, q: Decoded, k: Decoded | None, k_store: StoreWrite, v_store: StoreWrite | None
+    ) -> Site | None:
+        """The site with its stores, with k's alone where v's cannot join."""
+        for v in dict.fromkeys((v_store, None)):
+            try:
+                return self._place(q, k, k_store, v)
+            except Refused as reason:
+                self.store_reasons |= {s.call: str(reason) for s in (k_store, v) if s}
         return None
 
     def _roles(self, a: Decoded, b: Decoded | None) -> tuple[Decoded, Decoded | None]:
         if b is None:
-            return a, None
+            return a, (a if self._store_of(a) else None)
         if self._store_of(a) and not self._store_of(b):
             return b, a
         if self._operand_of_attention(a) == 1 or self._operand_of_attention(b) == 0:
@@ -126,15 +141,13 @@ class _Planner:
 
     def _store_of(self, decoded: Decoded) -> StoreWrite | None:
         """The cache write of a stream's result, seen through views."""
-        for store in self.stores:
-            if self._origin(store.value) is decoded.slot and _rows_fit(
-                self.reading, store, decoded
-            ):
+        for store in self.stored_from.get(decoded.slot, ()):
+            if _rows_fit(self.reading, store, decoded):
                 return store
         return None
 
     def _origin(self, slot: Slot) -> Slot:
-        ends = {d.slot for d in self.streams}
+        ends = self.ends
         while slot not in ends and slot.call is not None:
             if self.reading.relations.get(slot.call) != "view":
                 break
@@ -170,10 +183,10 @@ class _Planner:
             v = stored_copy(self.reading, v_store)
             assert v is not None
             streams.append(v)
-        q = self._kept(q, None)
+        q = self._kept(q, None) if q is not k else _without_heads(q)
         k = self._kept(k, k_store) if k is not None else None
         results = [s for s in (q, k) if s is not None and s.stream.keep]
-        before, sunk = self._position(results, stores)
+        before, sunk = self._position(streams, results, stores)
         self.memory.check(streams, stores, before, self.uses.holder)
         if k_store is not None and k is not None and k_store.cache.dtype != k.slot.dtype:
             raise Refused("a cache of another dtype")
@@ -213,11 +226,17 @@ class _Planner:
         return consumers, views
 
     def _position(
-        self, results: Iterable[Decoded], stores: list[StoreWrite]
+        self, streams: list[Decoded], results: Iterable[Decoded], stores: list[StoreWrite]
     ) -> tuple[fx.Node, tuple[fx.Node, ...]]:
-        """The node the op is inserted before: the site's last store, else the first consumer of its
-        results; and the views of its results that must move behind it.
+        """The node the op is inserted before: the site's last store, or where its operands are at
+        hand if that is later; without a store the first consumer of its results. And the views of
+        its results that must move behind it.
         """
+        operands = [a.leaf.slot for d in streams for a in d.accesses()]
+        ready = max(
+            (s.node if isinstance(s, Scalar) else self.uses.holder[s] for s in operands),
+            key=self.memory.index.__getitem__,
+        ).next
         index = self.memory.index
         own = {s.call.node for s in stores}
         consumers, views = [], []
@@ -226,7 +245,7 @@ class _Planner:
             consumers += [c for c in more if c not in own]
             views += through
         if stores:
-            before = max(own, key=index.__getitem__)
+            before = max(*own, ready, key=index.__getitem__)
         else:
             before = min([*consumers, *views], key=index.__getitem__)
         if any(index[c] < index[before] for c in consumers):
@@ -286,16 +305,23 @@ class _Planner:
         return seen
 
 
+def _without_heads(k: Decoded) -> Decoded:
+    """The q of a site that is a k alone: as k, and nothing of it is computed."""
+    return dataclasses.replace(k, stream=dataclasses.replace(k.stream, keep=False))
+
+
 def _rows_fit(reading: Reading, store: StoreWrite, decoded: Decoded) -> bool:
-    """Whether the stored value's dims are the stream's batch, head and token axes in the cache's
+    """Whether the stored value's axes are the stream's batch, head and token axes in the cache's
     order.
     """
     order = (0, 2, 1) if store.record.heads_first else (0, 1, 2)
-    dims = reading.values[store.value].dims
-    if len(dims) != 4 or None in decoded.rows:
+    value = seen_from(reading, decoded.slot, store.value)
+    if value is None or len(value.dims) != 4 or None in decoded.rows:
         return False
-    rows = [decoded.value.dims[decoded.rows[i]] for i in order]  # type: ignore[index]
-    return list(dims[:3]) == rows
+    rows = [*(decoded.rows[i] for i in order), len(decoded.slot.shape) - 1]
+    axes = value.terms[0].factors[0].axes
+    whole = [tuple(a for a, _ in axes[j].strides) for j in rows if j is not None]
+    return [tuple(dim) for dim in value.dims] == whole
 
 
 def plan(reading: Reading, *, store: bool = True, training: bool = False) -> Plan:

@@ -16,13 +16,22 @@ from torch.fx.node import map_aggregate
 import fxfuse.patterns.transfer_arithmetic
 import fxfuse.patterns.transfer_shapes  # noqa: F401  these two fill the table
 from fxfuse.patterns import arithmetic
-from fxfuse.patterns.transfer import TRANSFERS, Relation, Result, is_exact_cast
-from fxfuse.patterns.value import Definition, Kind, Leaf, Opaque, Value, constant, leaf_value
+from fxfuse.patterns.transfer import TRANSFERS, Relation, is_exact_cast, transferred
+from fxfuse.patterns.value import (
+    Definition,
+    Kind,
+    Leaf,
+    Opaque,
+    Size,
+    Value,
+    constant,
+    leaf_value,
+)
 from fxfuse.slots import Call, Scalar, Slot, View, slots_of
 
 aten = torch.ops.aten
 
-# Their results are data, whatever their operands depend on.
+# Their results are data, also of weights alone; of tables alone they are a table.
 PROJECTIONS = frozenset(
     {
         aten.linear.default,
@@ -59,6 +68,28 @@ class Reading:
         """A storage's version when a call reads it."""
         return sum(w < self.positions[call] for w in self.writes.get(storage, ()))
 
+    def leaf(
+        self, shape: tuple[Size, ...], dtype: torch.dtype, kind: Kind, slot: Any, **more: Any
+    ) -> Leaf:
+        """A new leaf; its number is its own."""
+        leaf = Leaf(len(self.leaves), shape, dtype, kind, slot, **more)
+        self.leaves.append(leaf)
+        return leaf
+
+    def nameless(self, definition: Definition, shape: Any = None) -> Value:
+        """A leaf that no node holds, with a definition; shaped as its operand unless told."""
+        operand = definition.operands[0]
+        shape = operand.shape if shape is None else shape
+        return leaf_value(self.leaf(shape, operand.dtype, Kind.DATA, None, definition=definition))
+
+    def number(self, x: Any) -> Value:
+        """A number of the graph as a Value."""
+        if isinstance(x, (int, float, complex)):
+            return constant(x, torch.float64)
+        if not isinstance(x, Scalar):
+            raise Opaque("a number computed in the graph")
+        return leaf_value(self.leaf((), torch.float64, Kind.TABLE, x))
+
 
 class _Reader:
     def __init__(self, view: View, kinds: Mapping[fx.Node, Kind]) -> None:
@@ -66,7 +97,8 @@ class _Reader:
         self.versions: dict[int, int] = {}
         self.made: dict[Slot, int] = {}
         self.leaf_of: dict[tuple[Slot, int, str], Leaf] = {}
-        self.shared: dict[Any, Slot] = {}
+        self.calls: dict[Any, Call] = {}
+        self.twins: dict[Slot, Slot] = {}
         self.reading = Reading(view, {}, {}, {}, {}, {}, {}, [])
 
     def read(self) -> Reading:
@@ -102,18 +134,10 @@ class _Reader:
     def _new_leaf(self, slot: Slot, part: str, definition: Definition | None = None) -> Leaf:
         key = (slot, self.versions.get(slot.storage, 0), part)
         if key not in self.leaf_of or definition is not None:
-            leaf = Leaf(
-                len(self.reading.leaves),
-                slot.shape,
-                slot.dtype,
-                self.reading.kinds[slot],
-                slot,
-                key[1],
-                part,
-                definition,
+            kind = self.reading.kinds[slot]
+            self.leaf_of[key] = self.reading.leaf(
+                slot.shape, slot.dtype, kind, slot, version=key[1], part=part, definition=definition
             )
-            self.reading.leaves.append(leaf)
-            self.leaf_of[key] = leaf
         return self.leaf_of[key]
 
     def _value(self, slot: Slot) -> Value:
@@ -125,6 +149,14 @@ class _Reader:
         kind = self._kind(call)
         for slot in call.outs:
             self.reading.kinds[slot] = kind
+        twin = self._twin(call) if kind is not Kind.DATA else None
+        if twin is not None:
+            self.twins.update(zip(call.outs, twin.outs, strict=True))
+            for slot, first in zip(call.outs, twin.outs, strict=True):
+                self.reading.values[slot] = self.reading.values[first]
+            if twin in self.reading.relations:
+                self.reading.relations[call] = self.reading.relations[twin]
+            return
         try:
             values = self._transfer(call, kind)
         except Opaque as reason:
@@ -158,10 +190,10 @@ class _Reader:
         return self._leaf(slot)
 
     def _kind(self, call: Call) -> Kind:
-        if call.op in PROJECTIONS or call.op is None:
-            return Kind.DATA
         kinds = {self._slot_kind(x) for x in call.inputs()}
-        if Kind.DATA in kinds:
+        if call.op is None or Kind.DATA in kinds:
+            return Kind.DATA
+        if call.op in PROJECTIONS and Kind.WEIGHT in kinds:
             return Kind.DATA
         return Kind.WEIGHT if kinds == {Kind.WEIGHT} else Kind.TABLE
 
@@ -173,35 +205,27 @@ class _Reader:
         if entry is None or call.writes or not call.outs:
             return None
         args, kwargs = map_aggregate((call.args, call.kwargs), self._argument)
-        relation = entry.relation
-        if kind is not Kind.DATA and self._is_leaf_arithmetic(call, relation, args):
-            return [self._shared_leaf(call, args)] if len(call.outs) == 1 else None
-        out = call.outs[0]
-        result = Result(
-            out.shape,
-            out.dtype,
-            tuple(slot.shape for slot in call.outs),
-            lambda definition, shape=None: self._name(out, definition, shape),
-            self._number,
-        )
-        values = entry.function(result, *args, **kwargs)
-        values = [values] if isinstance(values, Value) else list(values)
-        for x, slot in zip(values, call.outs, strict=True):
-            if x.shape != slot.shape:
-                raise Opaque(f"read with shape {x.shape} where the graph has {slot.shape}")
-        self.reading.relations[call] = relation
-        return [
-            dataclasses.replace(x, dtype=s.dtype) for x, s in zip(values, call.outs, strict=True)
-        ]
+        if kind is not Kind.DATA and self._is_leaf_arithmetic(call, entry.relation, args):
+            out = call.outs[0]
+            return [self._leaf(out, _offset(call, args))] if len(call.outs) == 1 else None
+        values = transferred(call, args, kwargs, self._name, self.reading.number)
+        self.reading.relations[call] = entry.relation
+        return values
 
-    def _shared_leaf(self, call: Call, args: Any) -> Value:
-        """The leaf of arithmetic on tables or weights; equal calls on equal tensors share one."""
-        slots = tuple((s, self.versions.get(s.storage, 0)) for s in call.inputs())
-        key = (call.op, repr(_without_slots(call)), slots)
-        first = self.shared.setdefault(key, call.outs[0])
-        if first is not call.outs[0] and self.made[first] == self.versions.get(first.storage, 0):
-            return self.reading.values[first]
-        return self._leaf(call.outs[0], _offset(call, args))
+    def _twin(self, call: Call) -> Call | None:
+        """An earlier call on tables or weights that gave the same tensors, if nobody has written
+        to them since: layers that make the same table share one.
+        """
+        if call.writes or not call.inputs() or torch.Tag.nondeterministic_seeded in _tags(call.op):
+            return None
+        slots = tuple(
+            (self.twins.get(s, s), self.versions.get(s.storage, 0)) for s in call.inputs()
+        )
+        first = self.calls.setdefault((call.op, repr(_without_slots(call)), slots), call)
+        if first is call or len(first.outs) != len(call.outs):
+            return None
+        fresh = all(self.made[s] == self.versions.get(s.storage, 0) for s in first.outs)
+        return first if fresh else None
 
     def _is_leaf_arithmetic(self, call: Call, relation: Relation, args: Any) -> bool:
         """Tables and weights: arithmetic and rounding on them stay outside and are loaded as they
@@ -214,25 +238,16 @@ class _Reader:
     def _argument(self, x: Any) -> Any:
         if isinstance(x, Slot):
             return self._value(x)
-        return self._number(x) if isinstance(x, Scalar) else x
-
-    def _number(self, x: Any) -> Value:
-        if isinstance(x, (int, float, complex)):
-            return constant(x, torch.float64)
-        if not isinstance(x, Scalar):
-            raise Opaque("a number computed in the graph")
-        leaf = Leaf(len(self.reading.leaves), (), torch.float64, Kind.TABLE, x)
-        self.reading.leaves.append(leaf)
-        return leaf_value(leaf)
+        return self.reading.number(x) if isinstance(x, Scalar) else x
 
     def _name(self, slot: Slot, definition: Definition, shape: Any) -> Value:
         if shape is None and definition.op != "sum":
             return self._leaf(slot, definition)
-        shape = definition.operands[0].shape if shape is None else shape
-        dtype = definition.operands[0].dtype
-        leaf = Leaf(len(self.reading.leaves), shape, dtype, Kind.DATA, None, definition=definition)
-        self.reading.leaves.append(leaf)
-        return leaf_value(leaf)
+        return self.reading.nameless(definition, shape)
+
+
+def _tags(op: Any) -> Any:
+    return getattr(op, "tags", ())
 
 
 def _without_slots(call: Call) -> Any:

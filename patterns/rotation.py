@@ -71,6 +71,8 @@ def _pair(entries: list[list[Entry]], outputs: list[int]) -> _Turn:
     if len(outputs) != 2:
         raise Refused(f"channel {outputs[0]} has no partner")
     i, j = outputs
+    if matrix := _matrix(entries, i, j):
+        return matrix
     for a, b in ((0, 1), (1, 0)):
         c0, s0 = entries[i][a], entries[i][b]
         if c0.channel == s0.channel:
@@ -91,6 +93,21 @@ def _pair(entries: list[list[Entry]], outputs: list[int]) -> _Turn:
                 (c0.table, s0.table),
             )
     raise Refused(f"channels {i} and {j} are no rotation: their signs or tables do not fit")
+
+
+def _matrix(entries: list[list[Entry]], i: int, j: int) -> _Turn | None:
+    """Two outputs by a 2 x 2 matrix of one table, which has the signs inside."""
+    rows = [sorted(entries[k], key=lambda e: e.channel) for k in (i, j)]
+    (c0, s0), (s1, c1) = rows
+    every = (c0, s0, s1, c1)
+    one_table = len({e.table for e in every}) == 1 and c0.table is not None
+    distinct = len({e.place for e in every}) == 4 and c0.channel != s0.channel
+    if not one_table or c0.table is None or c0.table.part or not distinct:
+        return None
+    if any(e.coefficient < 0 for e in every):
+        return None
+    places = (c0.place, c1.place), (s0.place, s1.place)
+    return _Turn((c0.channel, s0.channel), (i, j), *places, (1, 1), (c0.table, c0.table))
 
 
 def _same_table(a: Entry, b: Entry) -> bool:

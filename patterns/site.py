@@ -85,6 +85,7 @@ class StoreWrite:
 class Site:
     """One fused op: its record, its streams (q first), its stores, the node it is inserted before,
     and views of its results that the model takes before that node and that move behind the op.
+    A k that is stored by an op of its own stands for its q too, of which the op sees no head.
     `kind` is "key" for the k of an attention whose q is a site of its own, else "attention".
     """
 
@@ -97,6 +98,12 @@ class Site:
     before: fx.Node
     sunk: tuple[fx.Node, ...] = ()
     kind: str = "attention"
+
+    def is_single(self) -> bool:
+        """Whether it makes one tensor alone: a q, or a k that is stored; the latter's q has no
+        heads.
+        """
+        return self.k is None or self.k.slot is self.q.slot
 
     def streams(self) -> list[Decoded]:
         return [s for s in (self.q, self.k, self.v) if s is not None]

@@ -17,10 +17,8 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 
-from fxfuse.patterns.value import (
-    Size,
-    Value,
-)
+from fxfuse.patterns.value import Opaque, Size, Value
+from fxfuse.slots import Call
 
 aten = torch.ops.aten
 
@@ -61,6 +59,30 @@ def transfer(relation: Relation, *ops: Any) -> Callable[[F], F]:
         return function
 
     return register
+
+
+def transferred(
+    call: Call,
+    args: Any,
+    kwargs: Any,
+    name: Callable[..., Value],
+    number: Callable[[Any], Value],
+) -> list[Value]:
+    """The Values of a call's results, given its arguments as Values. Raises Opaque."""
+    out = call.outs[0]
+    result = Result(
+        out.shape,
+        out.dtype,
+        tuple(slot.shape for slot in call.outs),
+        lambda definition, shape=None: name(out, definition, shape),
+        number,
+    )
+    made = TRANSFERS[call.op].function(result, *args, **kwargs)
+    values = [made] if isinstance(made, Value) else list(made)
+    for x, slot in zip(values, call.outs, strict=True):
+        if x.shape != slot.shape:
+            raise Opaque(f"read with shape {x.shape} where the graph has {slot.shape}")
+    return [dataclasses.replace(x, dtype=s.dtype) for x, s in zip(values, call.outs, strict=True)]
 
 
 def dim_of(x: Value, dim: int) -> int:

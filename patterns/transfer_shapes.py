@@ -144,6 +144,9 @@ def _cat(result: Result, tensors: Sequence[Value], dim: int = 0) -> Value:
     dim = dim_of(tensors[0], dim)
     if len(tensors) > 1 and any(_is_token_axis(x, dim) for x in tensors):
         raise Opaque("a cat of tokens")
+    sources = [x.sources() for x in tensors]
+    if any(sources) and not set.intersection(*sources):
+        raise Opaque("a cat of different sources")
     return tensors[0] if len(tensors) == 1 else shapes.concatenate(tensors, dim)
 
 

@@ -124,17 +124,22 @@ def matmul(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + (x @ turning(x.shape[-1])) * sin
 
 
+@pytest.mark.parametrize("turn", [einsum, matmul], ids=lambda f: f.__name__)
+def test_a_rotation_by_matrices_is_left_alone(turn: Any) -> None:
+    report = compiled_like_eager(Attention(Rope(turn, halves)), hidden_states())
+    assert report.fused == []
+
+
 def two_by_two(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """pe_audio, flux: one table of matrices, with its signs inside."""
+    """pe_audio: one table of matrices, with its signs inside."""
     matrices = torch.stack([torch.stack([cos, -sin], -1), torch.stack([sin, cos], -1)], -2)
     return (matrices * x.unflatten(-1, (-1, 1, 2))).sum(-1).flatten(-2)
 
 
-@pytest.mark.parametrize("turn", [einsum, matmul, two_by_two], ids=lambda f: f.__name__)
-def test_a_rotation_by_matrices_is_left_alone(turn: Any) -> None:
-    table = narrow if turn is two_by_two else halves
-    report = compiled_like_eager(Attention(Rope(turn, table)), hidden_states())
-    assert report.fused == []
+def test_matrices_of_two_by_two_are_one_table() -> None:
+    (fused,) = compiled_like_eager(Attention(Rope(two_by_two, narrow)), hidden_states()).fused
+    turn = fused.record.q.rotation
+    assert (turn.cos, turn.sin, turn.signs) == (Pair(0, 3, 4), Pair(1, 2, 4), (1, 1))
 
 
 # --- norms that are none -----------------------------------------------------------------------
@@ -212,10 +217,12 @@ NO_NORM = {
 @pytest.mark.parametrize(
     ("norm", "reason"), NO_NORM.items(), ids=lambda x: getattr(x, "__name__", "")
 )
-def test_no_norm_before_the_rotation_is_refused(norm: Any, reason: str) -> None:
+def test_no_norm_before_the_rotation_is_left_to_the_model(norm: Any, reason: str) -> None:
     report = compiled_like_eager(Attention(norm=norm), hidden_states())
-    assert report.fused == []
-    assert len(report.refused) == 2 and all(reason in r.reason for r in report.refused)
+    (fused,) = report.fused
+    assert fused.record.q.norm is None and fused.record.q.rotation is not None
+    assert [r.stage for r in report.refused] == ["cut", "cut"], "one for q, one for k"
+    assert all(reason in r.reason for r in report.refused)
 
 
 @pytest.mark.parametrize(
