@@ -80,7 +80,7 @@ class Watching(fxfuse.Backend):
 
 
 def measure(name: str, plan: Plan) -> UnitResult:
-    """Every scenario of a unit in every dtype."""
+    """Every scenario of a unit in every dtype; where none works, the one without a cache."""
     start = time.perf_counter()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
@@ -95,7 +95,10 @@ def measure(name: str, plan: Plan) -> UnitResult:
                 result.not_run = f"not built: {_short(error)}"
                 break
             result.notes = [note] if note else []
-            result.runs += [_run(example, scenario, dtype, plan) for scenario in names]
+            runs = [_run(example, scenario, dtype, plan) for scenario in names]
+            if "no_cache" not in names and all(r.status in ("stock", "none") for r in runs):
+                runs.append(_run(example, "no_cache", dtype, plan))
+            result.runs += runs
     result.seconds = round(time.perf_counter() - start, 1)
     return result
 
