@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Iterator
+from random import Random
 from typing import Any
 
 import pytest
@@ -31,23 +32,20 @@ FUSED_PER_CENT = 95.0
 ATTEMPTS = 8  # mutations tried for one step until one fits
 
 
-@st.composite
-def verdicts(draw: Any) -> Verdict:
+def verdict_of(random: Random) -> Verdict:
     """A mutant of one to three steps, tried; half of them of meaning-keeping steps alone."""
-    case = draw(st.sampled_from(CASES))
-    all_keep = draw(st.booleans())
+    case, all_keep, count = random.choice(CASES), random.random() < 0.5, random.choice((1, 1, 2, 3))
     first = True
 
     def choose(graph: fx.Graph) -> Iterator[tuple[Mutation, fx.Node]]:
         nonlocal first
-        keeps = all_keep or (not first and draw(st.booleans()))
-        found = places(graph, keeps)
-        for _ in range(ATTEMPTS):
-            name = draw(st.sampled_from(sorted(found)))
-            yield MUTATIONS[name], draw(st.sampled_from(found[name]))
+        found = places(graph, all_keep or (not first and random.random() < 0.5))
         first = False
+        for _ in range(ATTEMPTS):
+            name = random.choice(sorted(found))
+            yield MUTATIONS[name], random.choice(found[name])
 
-    return harness.judge(case, *harness.mutant(case, choose, draw(st.integers(1, 3))))
+    return harness.judge(case, *harness.mutant(case, choose, count))
 
 
 def tallied(examples: int) -> Tally:
@@ -62,12 +60,17 @@ def tallied(examples: int) -> Tally:
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
-    @given(verdicts())
-    def collect(verdict: Verdict) -> None:
-        tally.add(verdict)
+    @given(st.randoms(use_true_random=True))
+    def collect(random: Random) -> None:
+        tally.add(verdict_of(random))
 
     collect()
     return tally
+
+
+def described(tally: Tally, failed: list[Verdict]) -> str:
+    """The tally, and every failure in as few steps as show it."""
+    return "\n".join([str(tally), *(str(harness.smallest(v)) for v in failed)])
 
 
 @pytest.mark.parametrize(
@@ -77,13 +80,13 @@ def test_mutants_are_right_and_those_that_keep_the_meaning_fuse(
     count: int, record_property: Any
 ) -> None:
     assert [str(c) for c in CASES if not captured(c).stages] == [], "cases that do not fuse"
-    tally = tallied(count + count // 10)
+    tally = tallied(count + count // 20)
     record_property("mutants", str(tally))
     warnings.warn(str(tally), stacklevel=1)  # what pytest's summary shows, also of its workers
     assert len(tally.verdicts) >= count
     failed = tally.of("wrong", "crash", "disproved")
-    assert not failed, "\n".join([str(tally), *map(str, failed)])
-    assert tally.share >= FUSED_PER_CENT, "\n".join([str(tally), *map(str, tally.unfused)])
+    assert not failed, described(tally, failed)
+    assert tally.share >= FUSED_PER_CENT, described(tally, tally.unfused)
     assert count < 5000 or tally.kinds() == set(MUTATIONS), "mutations that found no place"
 
 
@@ -145,3 +148,10 @@ def test_a_crash_is_seen(stored: Case, monkeypatch: Any) -> None:
     monkeypatch.setattr(passes, "rewrite", broken)
     verdict = copied(stored)
     assert verdict.outcome == "crash" and "no rewrite today" in verdict.reason
+
+
+def test_a_failure_is_told_in_as_few_steps_as_show_it(stored: Case, monkeypatch: Any) -> None:
+    monkeypatch.setattr(passes, "rewrite", lambda *_: 1 / 0)
+    node = places(captured(stored).gm.graph, keeps=True)["copied"][0].name
+    verdict = harness.again(stored, [("contiguous", node), ("copied", node), ("plus_zero", node)])
+    assert len(verdict.steps) == 3 and len(harness.smallest(verdict).steps) == 1

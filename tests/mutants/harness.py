@@ -60,6 +60,10 @@ class Verdict:
     whole: bool = False
     text: str = dataclasses.field(default="", repr=False)
 
+    @property
+    def kind(self) -> tuple[Outcome, bool, bool]:
+        return self.outcome, self.keeps, self.fused
+
     def __str__(self) -> str:
         steps = "; ".join(map(str, self.steps))
         return f"{self.outcome}: {steps}\n    in {self.case}\n    {self.reason}"
@@ -85,14 +89,26 @@ def mutant(
 
 
 def again(case: Case, steps: Sequence[tuple[str, str]]) -> Verdict:
-    """The verdict on a mutant by its description: names of mutations and of nodes."""
-    waiting = iter(steps)
+    """The verdict on a mutant by its description: names of mutations and of nodes. A step whose
+    node is missing is left out.
+    """
+    waiting = list(steps)
 
     def choose(graph: fx.Graph) -> Iterator[tuple[Mutation, fx.Node]]:
-        name, place = next(waiting)
-        yield MUTATIONS[name], next(n for n in graph.nodes if n.name == place)
+        name, place = waiting.pop(0)
+        yield from ((MUTATIONS[name], n) for n in graph.nodes if n.name == place)
 
     return judge(case, *mutant(case, choose, len(steps)))
+
+
+def smallest(verdict: Verdict) -> Verdict:
+    """The same verdict on as few of the mutant's steps as give it."""
+    for i in range(len(verdict.steps)):
+        fewer = [(s.mutation, s.node) for j, s in enumerate(verdict.steps) if j != i]
+        shorter = again(verdict.case, fewer)
+        if shorter.kind == verdict.kind:
+            return smallest(shorter)
+    return verdict
 
 
 @torch.no_grad()
