@@ -5,32 +5,45 @@ In: nothing. Out: units, models and inputs by name (`diffusers/flux`).
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-import diffusers  # noqa: F401  names itself where it is missing
+import diffusers
 import torch
 from torch import nn
 
 from tests.sweep.diffusion_flux import FLUX_LIKE
 from tests.sweep.diffusion_images import IMAGES
+from tests.sweep.diffusion_plain import PLAIN
 from tests.sweep.diffusion_videos import VIDEOS
-from tests.sweep.units import Unit
+from tests.sweep.units import ROTARY, Unit
 
-TABLE = {
-    f"diffusers/{name}": entry for name, entry in sorted((FLUX_LIKE | IMAGES | VIDEOS).items())
-}
+ENTRIES = FLUX_LIKE | IMAGES | PLAIN | VIDEOS
+TABLE = {f"diffusers/{name}": entry for name, entry in sorted(ENTRIES.items())}
 FOLDER = "diffusers.models.transformers"
 
 
 def diffusers_units() -> dict[str, Unit]:
-    """Every unit of diffusers, by name."""
-    return {
+    """Every unit of diffusers by name; a rotary file without an entry is one that cannot run."""
+    units = {
         name: Unit(name, f"{FOLDER}.{entry.file}", entry.model, library="diffusers")
         for name, entry in TABLE.items()
     }
+    known = {unit.module for unit in units.values()}
+    for path in sorted(Path(diffusers.__file__).parent.glob("models/transformers/*.py")):
+        name, module = f"diffusers/{_short(path.stem)}", f"{FOLDER}.{path.stem}"
+        if module not in known and ROTARY.search(path.read_text()):
+            units[name] = Unit(name, module, model="", library="diffusers")
+    return units
+
+
+def _short(file: str) -> str:
+    return file.removeprefix("transformer_").removesuffix("_transformer")
 
 
 def diffusers_model(unit: Unit) -> nn.Module:
+    if unit.name not in TABLE:
+        raise LookupError("no tiny sizes for it in tests/sweep/diffusion_*.py")
     torch.manual_seed(0)
     model: nn.Module = unit.model_class()(**TABLE[unit.name].sizes)
     return model

@@ -36,6 +36,12 @@ def flux(model: str, file: str, inputs: Callable[[], Arguments], **sizes: Any) -
 
 FLUX_LIKE: dict[str, Diffusion] = {
     "bria": flux("BriaTransformer2DModel", "transformer_bria", tokens, pooled_projection_dim=None),
+    "bria_fibo": flux(
+        "BriaFiboTransformer2DModel",
+        "transformer_bria_fibo",
+        lambda: tokens(text_encoder_layers=[noise(1, TEXT, 16)] * 2),
+        text_encoder_dim=16,
+    ),
     "chroma": flux(
         "ChromaTransformer2DModel",
         "transformer_chroma",

@@ -85,6 +85,15 @@ def _cogview4() -> Arguments:
     return image(width=8, original_size=size, target_size=size, crop_coords=torch.zeros(1, 2))
 
 
+def _glm_image() -> Arguments:
+    return image(
+        prior_token_id=ids(1, 16, below=64),
+        prior_token_drop=torch.zeros(1, 16, dtype=torch.bool),
+        target_size=torch.tensor([[64.0, 64.0]]),
+        crop_coords=torch.zeros(1, 2),
+    )
+
+
 def _hidream() -> Arguments:
     return {
         "hidden_states": noise(1, 4, 16, 16),
@@ -119,22 +128,6 @@ def _ernie() -> Arguments:
 
 
 IMAGES: dict[str, Diffusion] = {
-    "aura_flow": Diffusion(
-        "auraflow_transformer_2d",
-        "AuraFlowTransformer2DModel",
-        {
-            **HEADS,
-            **FOUR_CHANNELS,
-            "sample_size": 16,
-            "patch_size": 2,
-            "num_mmdit_layers": 1,
-            "num_single_dit_layers": 1,
-            "caption_projection_dim": 128,
-            "joint_attention_dim": 32,
-            "pos_embed_max_size": 64,
-        },
-        image,
-    ),
     "cogview4": Diffusion(
         "transformer_cogview4",
         "CogView4Transformer2DModel",
@@ -166,6 +159,18 @@ IMAGES: dict[str, Diffusion] = {
         },
         _ernie,
     ),
+    "glm_image": Diffusion(
+        "transformer_glm_image",
+        "GlmImageTransformer2DModel",
+        {
+            **TWO_LAYERS,
+            "text_embed_dim": 32,
+            "time_embed_dim": 16,
+            "condition_dim": 8,
+            "prior_vq_quantizer_codebook_size": 64,
+        },
+        _glm_image,
+    ),
     "hidream": Diffusion(
         "transformer_hidream_image",
         "HiDreamImageTransformer2DModel",
@@ -185,6 +190,19 @@ IMAGES: dict[str, Diffusion] = {
             "force_inference_output": True,
         },
         _hidream,
+    ),
+    "hunyuanimage": Diffusion(
+        "transformer_hunyuanimage",
+        "HunyuanImageTransformer2DModel",
+        {
+            **TWO_LAYERS,
+            "num_layers": 1,
+            "num_single_layers": 1,
+            "num_refiner_layers": 1,
+            "text_embed_dim": 32,
+            "rope_axes_dim": (16, 16),
+        },
+        lambda: image(encoder_attention_mask=torch.ones(1, TEXT)),
     ),
     "ideogram4": Diffusion(
         "transformer_ideogram4",
@@ -276,21 +294,6 @@ IMAGES: dict[str, Diffusion] = {
         },
         _omnigen,
     ),
-    "pixart": Diffusion(
-        "pixart_transformer_2d",
-        "PixArtTransformer2DModel",
-        {
-            **TWO_LAYERS,
-            "sample_size": 8,
-            "patch_size": 2,
-            "cross_attention_dim": 128,
-            "out_channels": 8,
-            "caption_channels": 16,
-            "use_additional_conditions": False,
-            "norm_type": "ada_norm_single",
-        },
-        lambda: image(width=16, added_cond_kwargs={"resolution": None, "aspect_ratio": None}),
-    ),
     "prx": Diffusion(
         "transformer_prx",
         "PRXTransformer2DModel",
@@ -319,37 +322,6 @@ IMAGES: dict[str, Diffusion] = {
             "axes_dims_rope": AXES,
         },
         _qwenimage,
-    ),
-    "sana": Diffusion(
-        "sana_transformer",
-        "SanaTransformer2DModel",
-        {
-            **TWO_LAYERS,
-            "patch_size": 1,
-            "num_cross_attention_heads": 4,
-            "cross_attention_head_dim": 32,
-            "cross_attention_dim": 128,
-            "caption_channels": 8,
-            "sample_size": 8,
-            "qk_norm": "rms_norm_across_heads",
-        },
-        lambda: image(width=8),
-    ),
-    "sd3": Diffusion(
-        "transformer_sd3",
-        "SD3Transformer2DModel",
-        {
-            **TWO_LAYERS,
-            "sample_size": 16,
-            "patch_size": 1,
-            "caption_projection_dim": 128,
-            "joint_attention_dim": 32,
-            "pooled_projection_dim": 64,
-            "pos_embed_max_size": 32,
-            "dual_attention_layers": (),
-            "qk_norm": "rms_norm",
-        },
-        lambda: image(pooled_projections=noise(1, 64)),
     ),
     "z_image": Diffusion(
         "transformer_z_image",

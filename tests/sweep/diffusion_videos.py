@@ -1,4 +1,4 @@
-"""Video models of diffusers: tiny sizes and inputs.
+"""Video models of diffusers, and one of sound: tiny sizes and inputs.
 
 In: nothing. Out: `VIDEOS`, by name.
 """
@@ -147,7 +147,23 @@ def _kandinsky() -> Arguments:
     }
 
 
+def _audio() -> Arguments:
+    return {
+        "hidden_states": noise(1, 8, 16),
+        "timestep": time(0.5),
+        "encoder_hidden_states": noise(1, TEXT, 16),
+        "global_hidden_states": noise(1, 16),
+    }
+
+
+def _anyflow() -> Arguments:
+    steps = {"timestep": torch.tensor([[10.0, 10.0]]), "r_timestep": torch.tensor([[5.0, 5.0]])}
+    return {**video(), "hidden_states": noise(1, 2, 4, 8, 8), **steps}
+
+
 VIDEOS: dict[str, Diffusion] = {
+    "anyflow": Diffusion("transformer_anyflow", "AnyFlowTransformer3DModel", WAN, _anyflow),
+    "chronoedit": Diffusion("transformer_chronoedit", "ChronoEditTransformer3DModel", WAN, video),
     "cogvideox": Diffusion(
         "cogvideox_transformer_3d", "CogVideoXTransformer3DModel", COGVIDEO, _cogvideo
     ),
@@ -188,6 +204,19 @@ VIDEOS: dict[str, Diffusion] = {
             "task_type": "t2v",
         },
         _hunyuan15,
+    ),
+    "joyimage": Diffusion(
+        "transformer_joyimage",
+        "JoyImageEditTransformer3DModel",
+        {
+            **FOUR_CHANNELS,
+            "hidden_size": 128,
+            "num_attention_heads": 4,
+            "text_dim": 16,
+            "num_layers": 2,
+            "rope_dim_list": list(AXES),
+        },
+        video,
     ),
     "kandinsky5": Diffusion(
         "transformer_kandinsky",
@@ -266,5 +295,26 @@ VIDEOS: dict[str, Diffusion] = {
         lambda: video(width=8),
     ),
     "skyreels_v2": Diffusion("transformer_skyreels_v2", "SkyReelsV2Transformer3DModel", WAN, video),
+    "stable_audio3": Diffusion(
+        "transformer_stable_audio3",
+        "StableAudio3DiTModel",
+        {
+            "io_channels": 8,
+            "embed_dim": 128,
+            "depth": 2,
+            "num_heads": 2,
+            "cond_token_dim": 16,
+            "global_cond_dim": 16,
+            "local_add_cond_dim": 9,
+            "num_memory_tokens": 4,
+        },
+        _audio,
+    ),
     "wan": Diffusion("transformer_wan", "WanTransformer3DModel", WAN, video),
+    "wan_vace": Diffusion(
+        "transformer_wan_vace",
+        "WanVACETransformer3DModel",
+        {**WAN, "vace_layers": [0], "vace_in_channels": 8},
+        lambda: video(control_hidden_states=noise(1, 8, 2, 8, 8)),
+    ),
 }

@@ -52,8 +52,12 @@ def row_of(unit: str, run: Run) -> Row:
 
 
 def rows_of(results: Results) -> dict[tuple[str, str], Row]:
-    """Rows of the float32 runs, by unit and scenario."""
-    rows = [row_of(u.unit, run) for u, run in results.runs() if run.dtype == "float32"]
+    """Rows of the float32 runs that are as eager, by unit and scenario."""
+    rows = [
+        row_of(unit.unit, run)
+        for unit, run in results.runs()
+        if run.dtype == "float32" and run.status == "ok"
+    ]
     return {(row.unit, row.scenario): row for row in rows}
 
 

@@ -28,10 +28,12 @@ ATTENDS = re.compile(r"attention|^matmul$|^bmm$|^baddbmm$|^einsum$")
 PROJECTS = re.compile(r"^linear$|^addmm$|conv\dd?$|^conv|embedding|^grouped_mm|^_grouped_mm")
 # Inputs that are tables: names as l_position_embeddings_0_ or freqs_cis; inv_freq is none.
 TABLE_INPUT = re.compile(
-    r"(^|_)(cos|sin|freqs|freqs_cis|rotary|rope|position_embeddings|embed_positions|sincos|"
+    r"(^|_)(cos|sin|freqs|freqs_cis|rotary|rope|position_embeddings|sincos|"
     r"rotary_emb|rotary_pos_emb)(_|\d|$)"
 )
 NO_TABLE_INPUT = re.compile(r"inv_freq|weight|bias")
+# Tables that a model keeps as a parameter; where they are added to an embedding nothing multiplies.
+TABLE_WEIGHT = re.compile(r"embed_positions|sinusoid")
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,8 @@ def _tables(graph: fx.Graph) -> set[fx.Node]:
 def _is_table_input(node: fx.Node) -> bool:
     if node.op not in ("placeholder", "get_attr") or not _is_number(node):
         return False
+    if TABLE_WEIGHT.search(node.name):
+        return True
     if isinstance(_example(node), nn.Parameter) or NO_TABLE_INPUT.search(node.name):
         return False
     return bool(TABLE_INPUT.search(node.name))
