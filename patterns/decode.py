@@ -20,7 +20,7 @@ from fxfuse.patterns.access import (
     window,
 )
 from fxfuse.patterns.atoms import flatten_explicit
-from fxfuse.patterns.norms import op_of, read_statistic, real
+from fxfuse.patterns.norms import base_of, op_of, read_statistic, real
 from fxfuse.patterns.record import Norm, Stream
 from fxfuse.patterns.rotation import Entry, pair_up
 from fxfuse.patterns.site import Access, Decoded
@@ -167,9 +167,10 @@ def _before(slot: Slot, parts: _Parts) -> Decoded:
     heads = _head_stride(parts.x[0])
     over_head = (
         statistic is not None
+        and parts.statistic is not None
         and statistic.base is parts.source
         and statistic.stride == (heads[1] if heads else 0)
-        and _walked(parts.statistic) == _walked(parts.x[0])
+        and _rows_of(base_of(parts.statistic)) == _rows_of(parts.x[0])
     )
     channels = len(parts.value.terms[0].coefficients)
     starts = [
@@ -218,10 +219,11 @@ def _before(slot: Slot, parts: _Parts) -> Decoded:
     )
 
 
-def _walked(factor: Factor | None) -> set[Atom]:
-    """The atoms that a factor varies along, the channels aside."""
-    axes = factor.axes if factor else ()
-    return {a for index in axes for a, stride in index.strides if stride}
+def _rows_of(factor: Factor) -> list[tuple[int, frozenset[tuple[Atom, int]]]]:
+    """At which rows and heads a factor is read."""
+    offsets = [*(index.offsets[0] for index in factor.axes[:-1]), 0]
+    strides = [frozenset((a, s) for a, s in index.strides if s) for index in factor.axes]
+    return list(zip(offsets, strides, strict=True))
 
 
 def _after(slot: Slot, parts: _Parts) -> Decoded:

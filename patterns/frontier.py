@@ -5,6 +5,7 @@ stream; of the others, each with a rotated Value is decoded and proved, or refus
 """
 
 import dataclasses
+import logging
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from fxfuse.patterns.value import Value
 from fxfuse.slots import Call, Scalar, Slot, slots_of
 
 aten = torch.ops.aten
+log = logging.getLogger(__name__)
 
 
 class Uses:
@@ -70,15 +72,17 @@ class Frontier:
             return
         try:
             self._accept(call, slot, value)
-        except Disproved as reason:
-            self.refused[slot] = ("prove", str(reason))
-            self.disproved.append(f"{slot.node.name}: {reason}")
-        except (Refused, Untried) as reason:
-            stage = "decode" if isinstance(reason, Refused) else "prove"
+        except Disproved as error:
+            self.refused[slot] = ("prove", str(error))
+            self.disproved.append(f"{slot.node.name}: {error}")
+        except Exception as error:
+            stage, reason = "prove" if isinstance(error, Untried) else "decode", str(error)
+            if not isinstance(error, (Refused, Untried)):
+                log.warning("fxfuse: an error of fxfuse, %s is left alone", slot, exc_info=True)
+                reason = f"an error of fxfuse: {type(error).__name__}: {error}"
             if self._accept_part(call, slot):
-                self.refused[slot] = ("cut", f"what comes before the rotation: {reason}")
-            else:
-                self.refused[slot] = (stage, str(reason))
+                stage, reason = "cut", f"what comes before the rotation: {reason}"
+            self.refused[slot] = (stage, reason)
 
     def _accept_part(self, call: Call, slot: Slot) -> bool:
         """Whether the slot is a stream from a tensor in the midst of its chain on."""

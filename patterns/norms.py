@@ -12,7 +12,7 @@ from typing import TypeAlias
 import torch
 
 from fxfuse.patterns.access import Refused
-from fxfuse.patterns.value import Leaf, Term, Value
+from fxfuse.patterns.value import Atom, Factor, Index, Kind, Leaf, Term, Value
 from fxfuse.slots import Scalar
 
 
@@ -27,6 +27,8 @@ class Statistic:
     stride: int
     eps: float | Scalar
 
+
+DATA = Kind.DATA
 
 Read: TypeAlias = Callable[[Leaf], Statistic]
 RowFactor: TypeAlias = Callable[[torch.Tensor, float], torch.Tensor]
@@ -87,6 +89,39 @@ def under_root(leaf: Leaf) -> Value:
         if len(operand.terms) == 1 and root is not None and root.op == "sqrt":
             return root.operands[0]
     raise Refused(f"a row factor that is no rsqrt but {op_of(leaf) or 'unknown'}")
+
+
+def base_of(statistic: Factor) -> Factor:
+    """The tensor behind a row statistic, read at the rows for which the statistic is read."""
+    factor = statistic
+    while (definition := factor.leaf.definition) is not None:
+        inner = definition.operands[0]
+        kept, places = list(range(len(inner.dims))), dict[Atom, Index]()
+        if definition.op == "mean":
+            reduced, keepdim = definition.params
+            places = {a: Index((0,)) for d in reduced for a in inner.dims[d]}
+            kept = [d for d in kept if keepdim or d not in reduced]
+        held = [t.factors[0] for t in inner.terms if t.factors and t.factors[0].leaf.kind is DATA]
+        dims = [inner.dims[d] for d in kept]
+        if len(held) != 1 or inner.explicit or any(len(dim) > 1 for dim in dims):
+            raise Refused("a statistic of regrouped rows")
+        places = {d[0]: at for d, at in zip(dims, factor.axes, strict=True) if d} | places
+        axes = tuple(_composed(index, places) for index in held[0].axes)
+        factor = Factor(held[0].leaf, axes)
+    return factor
+
+
+def _composed(index: Index, places: dict[Atom, Index]) -> Index:
+    """An index with each of its atoms at the place another index gives."""
+    offset, strides = index.offsets[0], dict[Atom, int]()
+    for atom, step in index.strides:
+        at = places.get(atom, Index((0,), ((atom, 1),)))
+        if len(set(at.offsets)) > 1:
+            raise Refused("a statistic that differs by channel")
+        offset += step * at.offsets[0]
+        for inner, stride in at.strides:
+            strides[inner] = strides.get(inner, 0) + step * stride
+    return Index((offset,), tuple(strides.items()))
 
 
 def split_mean(value: Value) -> tuple[Leaf, list[Term]]:

@@ -49,6 +49,10 @@ PROJECTIONS = frozenset(
 )
 
 
+# Their results are tables, whatever their operands depend on.
+TURNS = frozenset({aten.cos.default, aten.sin.default, aten.polar.default})
+
+
 @dataclasses.dataclass
 class Reading:
     """What the reader found: a Value and a Kind for each slot, and each storage's writes by call
@@ -190,6 +194,8 @@ class _Reader:
         return self._leaf(slot)
 
     def _kind(self, call: Call) -> Kind:
+        if call.op in TURNS:
+            return Kind.TABLE
         kinds = {self._slot_kind(x) for x in call.inputs()}
         if call.op is None or Kind.DATA in kinds:
             return Kind.DATA

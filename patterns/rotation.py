@@ -45,6 +45,9 @@ def pair_up(
     negative = [i for i in plain if entries[i][0].coefficient < 0]
     if negative:
         raise Refused(f"channel {negative[0]} changes its sign")
+    used = [c for p in pairs for c in p.x] + [entries[i][0].channel for i in plain]
+    if sorted(used) != list(range(channels)):
+        raise Refused("channels that are used twice, or not at all")
     rotation = Rotation(
         pairs=len(pairs),
         x=_fit([p.x for p in pairs], "source channels"),
@@ -117,7 +120,7 @@ def _same_table(a: Entry, b: Entry) -> bool:
 
 def _fit(places: list[tuple[int, int]], what: str) -> Pair:
     (first, second), step = places[0], places[1][0] - places[0][0] if len(places) > 1 else 1
-    if any(p != (first + step * k, second + step * k) for k, p in enumerate(places)):
+    if step < 1 or any(p != (first + step * k, second + step * k) for k, p in enumerate(places)):
         raise Refused(f"{what} at irregular places")
     return Pair(first, second, step)
 
