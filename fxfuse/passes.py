@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import fx
 
+from fxfuse.functional import without_own_writes
 from fxfuse.lens import look
 from fxfuse.lowering.providers import Facts, choose
 from fxfuse.patterns.plan import plan
@@ -57,11 +58,14 @@ def _fuse(gm: fx.GraphModule, settings: Settings, report: Report) -> fx.GraphMod
     if reason := _reason_to_leave(settings):
         report.notes.append(reason)
         return gm
+    training = torch.is_grad_enabled() and any(_requires_grad(n) for n in gm.graph.nodes)
+    given = gm
     with _timed(report, "lens"):
         view = look(gm)
+        if not training and (functional := without_own_writes(gm, view)) is not None:
+            gm, view = functional, look(functional)
     with _timed(report, "read"):
         reading = read(view, placeholder_kinds(gm))
-    training = torch.is_grad_enabled() and any(_requires_grad(n) for n in gm.graph.nodes)
     with _timed(report, "plan"):
         planned = plan(reading, store="store" not in settings.disable, training=training)
     for bug in planned.disproved:
@@ -73,7 +77,7 @@ def _fuse(gm: fx.GraphModule, settings: Settings, report: Report) -> fx.GraphMod
             "the model's; for inference compile under torch.no_grad()"
         )
     if not planned.sites:
-        return gm
+        return given
     with _timed(report, "rewrite"):
         fused = rewrite(gm, view, planned)
     report.fused += [fused_of(site, _provider(site, settings)) for site in planned.sites]

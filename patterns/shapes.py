@@ -84,8 +84,10 @@ def narrow(value: Value, dim: int, start: Size, step: int, length: Size) -> Valu
     atoms = value.dims[dim]
     if length == value.shape[dim] and step == 1:
         return value
-    if length == 0 or not atoms:
-        raise Opaque("an empty slice")
+    if length == 0:
+        return Value(with_dim(value.dims, dim, (Atom(0),)), (), (), value.dtype)
+    if not atoms:
+        return value
     if len(atoms) > 1 or atoms[0] in value.explicit:
         return _narrow_explicit(flatten_explicit(value, dim), dim, start, step, length)
     if not isinstance(start, int):
@@ -134,20 +136,35 @@ def concatenate(values: Sequence[Value], dim: int) -> Value:
     return result
 
 
-def _pad(value: Value, dim: int, start: int, total: int) -> Value:
+def scatter(value: Value, part: Value, dim: int, start: int, step: int) -> Value:
+    """value with its elements start, start + step, ... along dim replaced by part's."""
+    value, part = flatten_explicit(value, dim), flatten_explicit(part, dim)
+    total, count = value.dims[dim][0].size, part.dims[dim][0].size
+    atom = value.dims[dim][0]
+    others = tuple(a for a in value.explicit if a is not atom)
+    value = spread(value, (*others, atom))
+    inside = {start + step * i for i in range(count)}
+    mask = [i not in inside for _ in range(count_of(others)) for i in range(total)]
+    return add(_masked(value, mask), _pad(part, dim, start, total, step))
+
+
+def _pad(value: Value, dim: int, start: int, total: int, step: int = 1) -> Value:
+    """Zeros along dim, but for value's elements at start, start + step, ..."""
     old, new = value.dims[dim][0], Atom(total)
     others = tuple(a for a in value.explicit if a is not old)
     value = spread(value, (*others, old))
     rows = count_of(others)
-    inside = [
-        r * old.size + min(max(i - start, 0), old.size - 1)
-        for r in range(rows)
-        for i in range(total)
-    ]
-    mask = [start <= i < start + old.size for _ in range(rows) for i in range(total)]
-    value = take(value, inside, (*others, new))
+    places = [divmod(i - start, step) for i in range(total)]
+    mask = [not rest and 0 <= i < old.size for _ in range(rows) for i, rest in places]
+    inside = [r * old.size + min(max(i, 0), old.size - 1) for r in range(rows) for i, _ in places]
+    value = _masked(take(value, inside, (*others, new)), mask)
+    return dataclasses.replace(value, dims=with_dim(value.dims, dim, (new,)))
+
+
+def _masked(value: Value, mask: Sequence[bool]) -> Value:
+    """Zeros where the mask over the explicit positions is false."""
     terms = tuple(
         Term(tuple([c if m else 0.0 for c, m in zip(t.coefficients, mask, strict=True)]), t.factors)
         for t in value.terms
     )
-    return dataclasses.replace(value, terms=terms, dims=with_dim(value.dims, dim, (new,)))
+    return dataclasses.replace(value, terms=terms)

@@ -162,6 +162,29 @@ def _is_token_axis(x: Value, dim: int) -> bool:
     )
 
 
+@transfer("compute", aten.slice_scatter.default)
+def _slice_scatter(
+    result: Result,
+    x: Value,
+    part: Value,
+    dim: int = 0,
+    start: Any = None,
+    end: Any = None,
+    step: int = 1,
+) -> Value:
+    dim = dim_of(x, dim)
+    if _is_token_axis(x, dim) or _is_token_axis(part, dim):
+        raise Opaque("a write of tokens")
+    size, start = x.shape[dim], start or 0
+    return shapes.scatter(x, part, dim, start + size if start < 0 else start, step)
+
+
+@transfer("compute", aten.select_scatter.default)
+def _select_scatter(result: Result, x: Value, part: Value, dim: int, index: int) -> Value:
+    dim = dim_of(x, dim)
+    return _slice_scatter(result, x, shapes.unsqueeze(part, dim), dim, index)
+
+
 @transfer("compute", aten.stack.default)
 def _stack(result: Result, tensors: Sequence[Value], dim: int = 0) -> Value:
     dim = dim % (len(tensors[0].dims) + 1)
