@@ -139,7 +139,15 @@ class RotatedInput(nn.Module):
         return scaled_dot_product_attention(x, x, x)
 
 
-@pytest.mark.parametrize("module", [AddedPositions, TimeSteps, RotatedInput])
+class ScaledAngles(nn.Module):
+    """A cosine scales the angles, of which a table is made that rotates nothing here."""
+
+    def forward(self, x: Tensor, angles: Tensor) -> tuple[Tensor, Tensor]:
+        table = (angles * torch.arange(4.0).cos()).sin()
+        return scaled_dot_product_attention(x, x, x), table
+
+
+@pytest.mark.parametrize("module", [AddedPositions, TimeSteps, RotatedInput, ScaledAngles])
 def test_sines_that_rotate_no_q_or_k_are_no_residue(module: type[nn.Module]) -> None:
     graph = traced(module(), torch.randn(X), torch.randn(6, 4))
     assert remains_of(graph).residue == ()

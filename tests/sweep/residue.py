@@ -24,7 +24,6 @@ MATRIX_PRODUCTS = {"matmul", "bmm", "baddbmm", "einsum"}
 # In-place without a trailing underscore.
 WRITES = {"setitem", "iadd", "isub", "imul", "itruediv"}
 ATTENDS = re.compile(r"attention|^matmul$|^bmm$|^baddbmm$|^einsum$")
-# Behind these a product is no longer q or k of this layer.
 PROJECTS = re.compile(r"^linear$|^addmm$|conv\dd?$|^conv|embedding|^grouped_mm|^_grouped_mm")
 # Inputs that are tables: names as l_position_embeddings_0_ or freqs_cis; inv_freq is none.
 TABLE_INPUT = re.compile(
@@ -127,10 +126,15 @@ def _reaches_attention(start: fx.Node) -> bool:
         for reader in readers:
             if reader.op == "output" or ATTENDS.search(_name(reader)):
                 return True
-            if reader not in seen and not PROJECTS.search(_name(reader)):
+            if reader not in seen and not _ends_the_way(_name(reader)):
                 seen.add(reader)
                 waiting.append(reader)
     return False
+
+
+def _ends_the_way(name: str) -> bool:
+    """Behind a projection, or inside a cosine, a product is no q or k of this layer."""
+    return name in MAKES_TABLE or bool(PROJECTS.search(name))
 
 
 def _written(node: fx.Node) -> fx.Node | None:
