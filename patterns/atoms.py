@@ -22,7 +22,7 @@ from fxfuse.patterns.value import (
 
 def count_of(atoms: Sequence[Atom]) -> int:
     count = product(a.size for a in atoms)
-    if not isinstance(count, int) or count > MAX_EXPLICIT:
+    if not isinstance(count, int) or not 0 < count <= MAX_EXPLICIT:
         raise Opaque(f"an irregular axis of {count} elements")
     return count
 

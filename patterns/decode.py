@@ -20,7 +20,7 @@ from fxfuse.patterns.access import (
     window,
 )
 from fxfuse.patterns.atoms import flatten_explicit
-from fxfuse.patterns.norms import base_of, op_of, read_statistic, real
+from fxfuse.patterns.norms import base_of, op_of, read_statistic, real, rows_of
 from fxfuse.patterns.record import Norm, Stream
 from fxfuse.patterns.rotation import Entry, pair_up
 from fxfuse.patterns.site import Access, Decoded
@@ -96,6 +96,7 @@ def _sort(value: Value) -> _Parts:
         weights.append(_only([f for f in rest if f.leaf.kind is Kind.WEIGHT], "weight"))
         statistics.append(_only([f for f in rest if is_statistic(f.leaf)], "statistic"))
         scales.append(_only([f for f in rest if f not in table and _is_scale(f)], "factor by row"))
+    _same_leaf(x, "source")
     return _Parts(
         value,
         source,
@@ -155,10 +156,15 @@ def _same(factors: Sequence[Factor | None], role: str) -> Factor | None:
 
 
 def _same_leaf(factors: Sequence[Factor | None], role: str) -> Factor | None:
-    """The weight; its index differs by term, and `_weight` checks it against the source's."""
-    if any((f and f.leaf) is not (factors[0] and factors[0].leaf) for f in factors):
+    """A leaf read at the same rows and heads; its channels differ by term, `_weight` checks them
+    against the source's.
+    """
+    first = factors[0]
+    if any((f and f.leaf) is not (first and first.leaf) for f in factors):
         raise Refused(f"terms that differ in their {role}")
-    return factors[0]
+    if any(f and first and rows_of(f) != rows_of(first) for f in factors):
+        raise Refused(f"terms that read other rows of their {role}")
+    return first
 
 
 def _before(slot: Slot, parts: _Parts) -> Decoded:
@@ -170,7 +176,7 @@ def _before(slot: Slot, parts: _Parts) -> Decoded:
         and parts.statistic is not None
         and statistic.base is parts.source
         and statistic.stride == (heads[1] if heads else 0)
-        and _rows_of(base_of(parts.statistic)) == _rows_of(parts.x[0])
+        and rows_of(base_of(parts.statistic)) == rows_of(parts.x[0])
     )
     channels = len(parts.value.terms[0].coefficients)
     starts = [
@@ -217,13 +223,6 @@ def _before(slot: Slot, parts: _Parts) -> Decoded:
         sin=_table(parts, sin, atoms) if sin else None,
         eps=statistic.eps if over_head and statistic else 0.0,
     )
-
-
-def _rows_of(factor: Factor) -> list[tuple[int, frozenset[tuple[Atom, int]]]]:
-    """At which rows and heads a factor is read."""
-    offsets = [*(index.offsets[0] for index in factor.axes[:-1]), 0]
-    strides = [frozenset((a, s) for a, s in index.strides if s) for index in factor.axes]
-    return list(zip(offsets, strides, strict=True))
 
 
 def _after(slot: Slot, parts: _Parts) -> Decoded:

@@ -12,7 +12,7 @@ from typing import TypeAlias
 import torch
 
 from fxfuse.patterns.access import Refused
-from fxfuse.patterns.value import Atom, Factor, Index, Kind, Leaf, Term, Value
+from fxfuse.patterns.value import Atom, Factor, Index, Kind, Leaf, Term, Value, leaf_value
 from fxfuse.slots import Scalar
 
 
@@ -78,17 +78,26 @@ def op_of(leaf: Leaf) -> str:
     return leaf.definition.op if leaf.definition else ""
 
 
+EXPONENTS = {"rsqrt": -0.5, "sqrt": 0.5, "reciprocal": -1.0}
+
+
 def under_root(leaf: Leaf) -> Value:
-    """v of 1 / sqrt(v)."""
-    definition = leaf.definition
-    if definition is not None and definition.op == "rsqrt":
-        return definition.operands[0]
-    if definition is not None and definition.op == "reciprocal":
-        operand = definition.operands[0]
-        root = operand.leaves()[0].definition if len(operand.leaves()) == 1 else None
-        if len(operand.terms) == 1 and root is not None and root.op == "sqrt":
-            return root.operands[0]
-    raise Refused(f"a row factor that is no rsqrt but {op_of(leaf) or 'unknown'}")
+    """v of 1 / sqrt(v), in one op or in several."""
+    exponent, value, inner = 1.0, leaf_value(leaf), leaf
+    while (definition := inner.definition) is not None and definition.op in EXPONENTS:
+        exponent *= EXPONENTS[definition.op]
+        value = definition.operands[0]
+        if len(value.terms) != 1 or len(value.terms[0].factors) != 1 or not _is_one(value.terms[0]):
+            break
+        inner = value.terms[0].factors[0].leaf
+    if exponent != -0.5:
+        raise Refused(f"a row factor that is no rsqrt but {op_of(leaf) or 'unknown'}")
+    return value
+
+
+def _is_one(term: Term) -> bool:
+    """Whether a term's coefficients are 1, but for the rounding of a sum over n that is divided."""
+    return all(abs(c - 1) <= 1e-15 for c in term.coefficients)
 
 
 def base_of(statistic: Factor) -> Factor:
@@ -111,6 +120,13 @@ def base_of(statistic: Factor) -> Factor:
     return factor
 
 
+def rows_of(factor: Factor) -> list[tuple[int, frozenset[tuple[Atom, int]]]]:
+    """At which rows and heads a factor is read."""
+    offsets = [*(index.offsets[0] for index in factor.axes[:-1]), 0]
+    strides = [frozenset((a, s) for a, s in index.strides if s) for index in factor.axes]
+    return list(zip(offsets, strides, strict=True))
+
+
 def _composed(index: Index, places: dict[Atom, Index]) -> Index:
     """An index with each of its atoms at the place another index gives."""
     offset, strides = index.offsets[0], dict[Atom, int]()
@@ -127,7 +143,7 @@ def _composed(index: Index, places: dict[Atom, Index]) -> Index:
 def split_mean(value: Value) -> tuple[Leaf, list[Term]]:
     """The mean in a sum of one mean and other terms, and those terms."""
     means = [t for t in value.terms if t.factors and op_of(t.factors[0].leaf) == "mean"]
-    if len(means) != 1 or len(means[0].factors) != 1 or set(means[0].coefficients) != {1.0}:
+    if len(means) != 1 or len(means[0].factors) != 1 or not _is_one(means[0]):
         raise Refused("a root of something else than a mean of squares")
     return means[0].factors[0].leaf, [t for t in value.terms if t is not means[0]]
 
@@ -137,9 +153,9 @@ def mean_of_squares(kind: str, mean: Leaf, eps: float | Scalar) -> Statistic:
     definition = mean.definition
     assert definition is not None
     square, (dims, _) = definition.operands[0], definition.params
-    factors = square.terms[0].factors
     if len(square.terms) != 1 or set(square.terms[0].coefficients) != {1.0}:
         raise Refused("a mean of something else than squares")
+    factors = square.terms[0].factors
     if len(factors) != 2 or factors[0] != factors[1]:
         raise Refused("a mean of something else than squares")
     base, index = factors[0].leaf, factors[0].axes[-1]

@@ -82,12 +82,21 @@ def _sum(
     if dims is None or len(dims) != 1 or not isinstance(n := x.shape[dim_of(x, dims[0])], int):
         raise Opaque("a sum over several axes")
     dim = dim_of(x, dims[0])
+    if n > 4 and _is_square(x) and result.dtype.is_floating_point:
+        mean = result.name(Definition("mean", (x,), ((dim,), keepdim)), result.shape)
+        return arithmetic.scaled(mean, n, result.dtype)
     if n > 4 or x.dims[dim] == ():
         raise Opaque("a long sum")
     total = shapes.narrow(x, dim, 0, 1, 1)
     for i in range(1, n):
         total = _add(result, total, shapes.narrow(x, dim, i, 1, 1))
     return total if keepdim else shapes.squeeze(total, [dim])
+
+
+def _is_square(x: Value) -> bool:
+    """Whether x is one leaf times itself."""
+    factors = x.terms[0].factors if len(x.terms) == 1 else ()
+    return len(factors) == 2 and factors[0] == factors[1]
 
 
 def _square(result: Result, x: Value) -> Value:
@@ -124,15 +133,16 @@ def _inverse(result: Result, x: Value) -> Value:
     return result.name(Definition("reciprocal", (x,)), x.shape)
 
 
+_POWERS = {-1: "reciprocal", -0.5: "rsqrt", 0.5: "sqrt"}
+
+
 @transfer("compute", aten.pow.Tensor_Scalar)
 def _pow(result: Result, x: Value, exponent: Any) -> Value:
     if exponent == 2:
         return _square(result, x)
-    if exponent == -0.5:
-        return result.name(Definition("rsqrt", (x,)))
-    if exponent == 0.5:
-        return result.name(Definition("sqrt", (x,)))
-    raise Opaque(f"a power of {exponent}")
+    if exponent not in _POWERS:
+        raise Opaque(f"a power of {exponent}")
+    return result.name(Definition(_POWERS[exponent], (x,)))
 
 
 @transfer("compute", aten.square.default)

@@ -233,6 +233,11 @@ def inverted(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * x * (1 / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt())
 
 
+def summed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    mean = (x * x).sum(-1, keepdim=True) / x.shape[-1]
+    return x * (mean + eps).pow(0.5).pow(-1) * weight
+
+
 def functional(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), weight, eps)
 
@@ -251,3 +256,4 @@ def weightless(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 NORMS: list[Normed] = [rsqrt, power, times_itself, square, divided, inverted, functional, squeezed]
+NORMS += [summed]

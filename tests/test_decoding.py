@@ -146,6 +146,28 @@ def test_a_norm_over_the_whole_width_hands_over_its_statistic(norm: Any) -> None
         assert stream.norm is not None and stream.norm.over == "given" and stream.has_scale
 
 
+@pytest.mark.parametrize(
+    "norm",
+    [spellings.divided, inverted, spellings.functional],
+    ids=lambda n: n.__name__,
+)
+def test_a_norm_over_the_whole_width_whose_statistic_no_node_holds_is_cut(norm: Any) -> None:
+    report = compiled_like_eager(Attention(norm=norm, wide=True), hidden_states())
+    assert [f.stages for f in report.fused] == [("rope",)]
+    assert [r.stage for r in report.refused] == ["cut", "cut"], "one for q, one for k"
+
+
+def test_a_sum_over_a_count_with_a_rounded_inverse_is_a_mean() -> None:
+    """98 * (1 / 98) is the float below one."""
+
+    def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        return x * torch.rsqrt(torch.sum(x * x, -1, keepdim=True) * (1 / 98) + eps) * weight
+
+    toy = Attention(norm=norm, sizes=Sizes(2, 2, 98, 98))
+    for stream in streams(compiled_like_eager(toy, hidden_states())):
+        assert stream.norm == Norm("head", "before", has_weight=True)
+
+
 @quick
 @given(
     eps=st.tuples(*[st.sampled_from([1e-5, 1e-6, 1e-8]) | st.floats(1e-9, 1e-2)] * 2),
@@ -200,6 +222,15 @@ def test_an_empty_rest_is_a_whole_head() -> None:
     """phi3 and minimax slice `x[..., rotary:]` even where nothing is left."""
     for stream in streams(compiled_like_eager(Attention(partial="empty"), hidden_states())):
         assert (stream.rotation, stream.passes) == (half_pairs(16), ())
+
+
+def test_a_split_with_an_empty_part() -> None:
+    def turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        _, first, second = x.split([0, 8, 8], -1)
+        return x * cos + torch.cat([-second, first], -1) * sin
+
+    for stream in streams(compiled_like_eager(Attention(Rope(turn)), hidden_states())):
+        assert stream.rotation == half_pairs(16)
 
 
 def test_a_rotated_part_in_the_middle_of_a_head() -> None:

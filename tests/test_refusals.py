@@ -75,6 +75,16 @@ def a_longer_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-second, 2 * first], -1) * sin
 
 
+def the_partner_of_the_first_token(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat([-second, first[..., :1, :].expand(first.shape)], -1) * sin
+
+
+def the_partner_of_the_first_head(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat([-second, first[:, :1].expand(first.shape)], -1) * sin
+
+
 def a_square(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * x * cos + rotate_half(x) * sin
 
@@ -89,6 +99,8 @@ NO_ROTATION = {
     no_partner: "has no partner",
     a_longer_sine: "channels of different scale",
     a_longer_half: "channels of different scale",
+    the_partner_of_the_first_token: "terms that read other rows of their source",
+    the_partner_of_the_first_head: "terms that read other rows of their source",
     a_square: "the source is multiplied by itself",
 }
 

@@ -122,7 +122,7 @@ class Case:
 
 SIZES = (Sizes(), Sizes(2, 2, 8, 8), Sizes(4, 2, 12, 8), Sizes(4, 4, 16, 16), Sizes(3, 1, 20, 16))
 PACKINGS = ("separate", "by head", "one view", "slices")
-WIDE = (spellings.rsqrt, spellings.power, spellings.times_itself, spellings.square, gemma)
+WIDE = (*(n for n in NORMS if n is not spellings.squeezed), gemma)
 _CASTS = (spellings.in_float, spellings.llama4, spellings.rsqrt, gemma)
 
 
