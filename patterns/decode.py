@@ -20,7 +20,7 @@ from fxfuse.patterns.access import (
     window,
 )
 from fxfuse.patterns.atoms import flatten_explicit
-from fxfuse.patterns.norms import base_of, op_of, read_statistic, real, rows_of
+from fxfuse.patterns.norms import base_of, read_statistic, real, rows_of, without_offset
 from fxfuse.patterns.record import Norm, Stream
 from fxfuse.patterns.rotation import Entry, pair_up
 from fxfuse.patterns.site import Access, Decoded
@@ -374,20 +374,8 @@ def _weight(parts: _Parts, start: int, when: str) -> tuple[Access | None, float]
                 shift.add(weight.axes[-1].offsets[i] - channel)
     if len(shift) != 1:
         raise Refused("a weight that meets other channels than the norm's")
-    leaf, offset = _without_offset(parts.weight.leaf)
+    leaf, offset = without_offset(parts.weight.leaf)
     head = _head_stride(parts.x[0])
     channels = len(parts.value.terms[0].coefficients)
     weight = dataclasses.replace(weights[0], leaf=leaf)
     return weight_access(weight, [head[0]] if head else [], shift.pop(), channels), offset
-
-
-def _without_offset(leaf: Leaf) -> tuple[Leaf, float]:
-    """The raw weight and the number a float32 sum adds to it."""
-    if op_of(leaf) != "offset" or leaf.definition is None:
-        return leaf, 0.0
-    inner, (number,) = leaf.definition.operands[0], leaf.definition.params
-    term = inner.terms[0]
-    whole = len(inner.terms) == 1 and len(term.factors) == 1 and set(term.coefficients) == {1.0}
-    if whole and inner.shape == term.factors[0].leaf.shape:
-        return term.factors[0].leaf, float(number)
-    return leaf, 0.0

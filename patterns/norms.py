@@ -182,6 +182,18 @@ def eps_of(terms: Sequence[Term]) -> float | Scalar:
     return slot
 
 
+def without_offset(leaf: Leaf) -> tuple[Leaf, float]:
+    """The raw weight and the number a float32 sum adds to it."""
+    if op_of(leaf) != "offset" or leaf.definition is None:
+        return leaf, 0.0
+    inner, (number,) = leaf.definition.operands[0], leaf.definition.params
+    term = inner.terms[0]
+    whole = len(inner.terms) == 1 and len(term.factors) == 1 and set(term.coefficients) == {1.0}
+    if whole and inner.shape == term.factors[0].leaf.shape:
+        return term.factors[0].leaf, float(number)
+    return leaf, 0.0
+
+
 def real(number: complex) -> float:
     """A coefficient that must be real."""
     if isinstance(number, complex) and number.imag:
