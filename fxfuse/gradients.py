@@ -114,6 +114,7 @@ def transposed(stream: Stream) -> Stream:
             cos=turn.cos,
             sin=Pair(turn.sin.second, turn.sin.first, turn.sin.step),
             signs=(turn.signs[1], turn.signs[0]),
+            by_head=turn.by_head,
         )
     passes = tuple(Pass(p.y_start, p.x_start, p.length) for p in stream.passes)
     return dataclasses.replace(stream, rotation=turn, passes=passes)

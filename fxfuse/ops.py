@@ -46,7 +46,8 @@ def norm_rope(
     """RMSNorm and RoPE of q and k: y = scale * row_scale * rope(x * rsqrt(mean(x²) + eps) * w).
 
     Shapes: q [B, T, H, D], k [B, T, G, D]; weights [D] or [H, D]; scales [B|1, T|1, H|1];
-        cos, sin [B|1, T|1, Rt]; results as q and k, [0] where k is absent or not kept.
+        cos, sin [B|1, T|1, Rt], or [B|1, T|1, H|1, Rt] where the record's rotation is by head;
+        results as q and k, [0] where k is absent or not kept.
     Layout: inputs any strides; results dense, [B, H, T, D] in memory where heads_first.
     Dtypes: any floating input; results as the record says.
     Rounding: float32 (float64 for float64 inputs) inside, one rounding at the end.

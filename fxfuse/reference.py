@@ -146,9 +146,11 @@ def rotated(x: Tensor, stream: Stream, cos: Tensor | None, sin: Tensor | None) -
 
 def turned(x: Tensor, turn: Rotation, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Both members of each pair, rotated. Shapes: x [B, T, H, D] -> two of [B, T, H, pairs]."""
+    if not turn.by_head:
+        cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
     x_first, x_second = members(x, turn.x, turn.pairs)
-    cos_first, cos_second = members(cos.unsqueeze(2), turn.cos, turn.pairs)
-    sin_first, sin_second = members(sin.unsqueeze(2), turn.sin, turn.pairs)
+    cos_first, cos_second = members(cos, turn.cos, turn.pairs)
+    sin_first, sin_second = members(sin, turn.sin, turn.pairs)
     first = plus(x_first * cos_first, x_second * sin_first, turn.signs[0])
     second = plus(x_second * cos_second, x_first * sin_second, turn.signs[1])
     return first, second

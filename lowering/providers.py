@@ -76,6 +76,8 @@ def _no_triton_kernel(facts: Facts) -> str | None:
     norms = [s.norm for s in (q, k, v) if s is not None and s.norm is not None]
     if any(n.kind != "rms" for n in norms):
         return "the kernel knows the norm kind rms only"
+    if q.rotation is not None and q.rotation.by_head:
+        return "each head turns by tables of its own"
     if len(q.passes) > 2:
         return "the kernel passes at most two runs of channels through"
     if k is not None and _geometry(k) != _geometry(q):

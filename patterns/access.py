@@ -75,8 +75,8 @@ def rows_access(factor: Factor, groups: Sequence[Sequence[Atom]]) -> Access:
 
 
 def table_access(table: Factor, groups: Sequence[Sequence[Atom]], channels: int) -> Access:
-    """A table as [B | 1, T | 1, R], its last `channels` axes flattened to R; a complex one as its
-    real view, [.., 2 R].
+    """A table as [B | 1, T | 1, R] or [B | 1, T | 1, H | 1, R], one axis for each group; its last
+    `channels` axes are flattened to R, a complex one is taken as its real view, [.., 2 R].
     """
     last = len(table.axes) - channels
     if any(s for index in table.axes[last:] for _, s in index.strides):
@@ -85,7 +85,7 @@ def table_access(table: Factor, groups: Sequence[Sequence[Atom]], channels: int)
     if table.leaf.part:
         steps = [("view_as_real",), ("flatten", last)]
     row_steps, labels = _rows(table, [*_axes(last), CHANNELS], last)
-    return Access(table.leaf, (*steps, *row_steps, *_arrange(labels, groups[:2], channels=True)))
+    return Access(table.leaf, (*steps, *row_steps, *_arrange(labels, groups, channels=True)))
 
 
 def weight_access(weight: Factor, head: Sequence[Atom], start: int, channels: int) -> Access:

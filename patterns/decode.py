@@ -47,12 +47,25 @@ def is_rotated(value: Value) -> bool:
     """
     if len(value.terms) < 2:
         return any(_is_norm_of_sum(f.leaf) for t in value.terms for f in t.factors)
-    held = [{f.leaf for f in t.factors} for t in value.terms]
-    of_data = [leaves for leaves in held if any(x.kind is Kind.DATA for x in leaves)] or held
-    common = set.intersection(*of_data)
+    common = _common(value)
     channels = value.dims[-1] if value.dims else ()
     tables = [any(_is_table(f, common, channels) for f in t.factors) for t in value.terms]
     return sum(tables) >= 2 and any(x.kind is Kind.DATA for x in common)
+
+
+def _common(value: Value) -> set[Leaf]:
+    """The leaves in all products that have data in them, tables aside that came into the graph:
+    those vary along fewer rows than what they turn.
+    """
+    held = [{f.leaf for f in t.factors} for t in value.terms]
+    of_data = [leaves for leaves in held if any(x.kind is Kind.DATA for x in leaves)] or held
+    common = set.intersection(*of_data)
+    last = set(value.dims[-1]) if value.dims else set()
+    rows: dict[Leaf, set[Atom]] = {x: set() for x in common if x.kind is Kind.DATA}
+    for factor in (f for t in value.terms for f in t.factors if f.leaf in rows):
+        rows[factor.leaf] |= {a for index in factor.axes for a, s in index.strides if s} - last
+    tables = {x for x in rows if _is_given(x) and any(rows[x] < more for more in rows.values())}
+    return common - tables
 
 
 def _is_norm_of_sum(leaf: Leaf) -> bool:
@@ -76,7 +89,7 @@ def decode(slot: Slot, value: Value) -> Decoded:
 
 def _sort(value: Value) -> _Parts:
     """Give each factor its role."""
-    common = set.intersection(*({f.leaf for f in t.factors} for t in value.terms))
+    common = _common(value)
     sources = [x for x in common if x.kind is Kind.DATA and not is_statistic(x)]
     sources = [x for x in sources if _varies(value, x)] or sources
     if len(sources) != 1:
@@ -190,8 +203,11 @@ def _before(slot: Slot, parts: _Parts) -> Decoded:
             raise Refused(f"a norm over {statistic.count} channels of {channels}")
         start = statistic.start
     rotation, passes, scale, cos, sin = pair_up(_entries(parts, start), channels)
-    rows = _rows(parts)
+    rows, by_head = _rows(parts)
     atoms = [parts.value.dims[r] if r is not None else () for r in rows]
+    if rotation is not None and by_head:
+        rotation = dataclasses.replace(rotation, by_head=True)
+    turned = atoms if by_head else atoms[:2]
     x = feature_access(parts.x[0], atoms, window(parts.source, heads, start, channels))
     given = parts.statistic if not over_head else None
     if given is not None and parts.scale is not None:
@@ -219,8 +235,8 @@ def _before(slot: Slot, parts: _Parts) -> Decoded:
         x,
         weight=weight,
         scale=rows_access(row_factor, atoms) if row_factor else None,
-        cos=_table(parts, cos, atoms) if cos else None,
-        sin=_table(parts, sin, atoms) if sin else None,
+        cos=_table(parts, cos, turned) if cos else None,
+        sin=_table(parts, sin, turned) if sin else None,
         eps=statistic.eps if over_head and statistic else 0.0,
     )
 
@@ -320,8 +336,8 @@ def _head_stride(x: Factor) -> tuple[Atom, int] | None:
     return strides[0] if strides else None
 
 
-def _rows(parts: _Parts) -> tuple[int | None, int | None, int | None]:
-    """Which dims are batch, tokens and heads."""
+def _rows(parts: _Parts) -> tuple[tuple[int | None, int | None, int | None], bool]:
+    """Which dims are batch, tokens and heads; and whether the tables differ by head."""
     value, last = parts.value, len(parts.value.dims) - 1
     head = _head_stride(parts.x[0])
     dims = [d for d in range(last)]
@@ -343,11 +359,9 @@ def _rows(parts: _Parts) -> tuple[int | None, int | None, int | None]:
     heads = [d for d in dims if head and head[0] in value.dims[d]]
     if not heads and len(dims) == 3:
         heads = [d for d in [1, 2, 0] if d in dims and d not in turning][:1]
-    if set(heads) & turning:
-        raise Refused("tables that differ by head")
     rest = [d for d in dims if d not in heads]
     batch, token = (None, *rest) if len(rest) == 1 else rest if len(rest) == 2 else (None, None)
-    return batch, token, heads[0] if heads else None
+    return (batch, token, heads[0] if heads else None), bool(set(heads) & turning)
 
 
 def _table(parts: _Parts, leaf: Leaf, atoms: Sequence[tuple[Atom, ...]]) -> Access:

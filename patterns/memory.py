@@ -59,10 +59,12 @@ class Memory:
             raise Refused(f"{slot.node.name} is written between its use and the fused op")
 
     def _check_region(self, start: fx.Node, end: fx.Node) -> None:
-        """No op may leave the grad mode or autocast region it was written in."""
+        """No op may leave the grad mode it was written in. It may leave an autocast region: what
+        autocast does is in the calls the lens saw, and to the op and its views it does nothing.
+        """
         node = start
         while node is not end and node.op != "root":
-            if node.target in _REGIONS:
+            if node.target is torch._C._set_grad_enabled:
                 raise Refused(f"{node.name} begins or ends a region in between")
             node = node.next
 
@@ -85,10 +87,3 @@ class Memory:
             store.slots.storage, store.call.node
         ):
             raise Refused("the slots are written between the store and the fused op")
-
-
-_REGIONS = (
-    torch._C._set_grad_enabled,
-    torch.amp.autocast_mode._enter_autocast,
-    torch.amp.autocast_mode._exit_autocast,
-)

@@ -158,16 +158,23 @@ class _Planner:
         """v's store: the nearest one at the same slots, into other memory, of a value that is a
         view of a projection.
         """
-        at = self.reading.positions
-        taken = {s for site in self.plan.sites for s in site.stores()}
-        free = [s for s in self.stores if s not in taken]
-        for store in sorted(free, key=lambda s: abs(at[s.call] - at[k_store.call])):
-            same_place = store.slots is k_store.slots and store.record == k_store.record
-            if store is k_store or not same_place:
-                continue
-            if store.cache.storage != k_store.cache.storage and stored_copy(self.reading, store):
+        for store in self._beside(k_store):
+            if store.record != k_store.record:
+                reason = f"stored as {store.record} where k is stored as {k_store.record}"
+            elif stored_copy(self.reading, store) is None:
+                reason = "stored rows that are no view of a tensor of the graph"
+            else:
                 return store
+            self.store_reasons.setdefault(store.call, reason)
         return None
+
+    def _beside(self, k_store: StoreWrite) -> list[StoreWrite]:
+        """The free stores at the slots of k's, into other memory, the nearest first."""
+        at = self.reading.positions
+        taken = {k_store, *(s for site in self.plan.sites for s in site.stores())}
+        free = [s for s in self.stores if s not in taken and s.slots is k_store.slots]
+        free = [s for s in free if s.cache.storage != k_store.cache.storage]
+        return sorted(free, key=lambda s: abs(at[s.call] - at[k_store.call]))
 
     def _place(
         self,
@@ -268,6 +275,8 @@ class _Planner:
         for site in self.plan.sites:
             if site.k is not None and site.k_store is None and self.may_store:
                 self._report_writes(site.k)
+            elif site.k_store is not None and site.v_store is None:
+                self._report_store(self._beside(site.k_store)[:1])
 
     def _report_writes(self, decoded: Decoded) -> None:
         """Why the cache writes of a fused result stay the model's."""
@@ -279,6 +288,12 @@ class _Planner:
                 reason = f"{call.op} is no cache write that is known"
             if reason is not None:
                 node = call.node
+                self.plan.refusals.append(Refusal("store", node.name, reason, location(node)))
+
+    def _report_store(self, stores: list[StoreWrite]) -> None:
+        """Why a store beside a fused one stays the model's."""
+        for node, reason in [(s.call.node, self.store_reasons.get(s.call)) for s in stores]:
+            if reason is not None:
                 self.plan.refusals.append(Refusal("store", node.name, reason, location(node)))
 
     def _final_consumers(self, slot: Slot) -> list[Call]:

@@ -49,8 +49,23 @@ PROJECTIONS = frozenset(
 )
 
 
-# Their results are tables, whatever their operands depend on.
-TURNS = frozenset({aten.cos.default, aten.sin.default, aten.polar.default})
+# Their results are tables, whatever their operands depend on: turns, and memory that is filled with
+# one number or not at all.
+TABLES = frozenset(
+    {
+        aten.cos.default,
+        aten.sin.default,
+        aten.polar.default,
+        aten.empty_like.default,
+        aten.zeros_like.default,
+        aten.ones_like.default,
+        aten.full_like.default,
+        aten.new_empty.default,
+        aten.new_zeros.default,
+        aten.new_ones.default,
+        aten.new_full.default,
+    }
+)
 
 
 @dataclasses.dataclass
@@ -194,7 +209,7 @@ class _Reader:
         return self._leaf(slot)
 
     def _kind(self, call: Call) -> Kind:
-        if call.op in TURNS:
+        if call.op in TABLES:
             return Kind.TABLE
         kinds = {self._slot_kind(x) for x in call.inputs()}
         if call.op is None or Kind.DATA in kinds:

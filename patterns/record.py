@@ -28,6 +28,8 @@ class Rotation:
 
     y[y.first]  = x[x.first]  * cos[cos.first]  + signs[0] * x[x.second] * sin[sin.first]
     y[y.second] = x[x.second] * cos[cos.second] + signs[1] * x[x.first]  * sin[sin.second]
+
+    by_head: the tables are [B, T, H, R], each head turns by its own.
     """
 
     pairs: int
@@ -36,6 +38,7 @@ class Rotation:
     cos: Pair
     sin: Pair
     signs: tuple[int, int]
+    by_head: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,4 +148,5 @@ def _stream(data: dict[str, Any]) -> Stream:
 
 def _rotation(data: dict[str, Any]) -> Rotation:
     x, y, cos, sin = (Pair(**data[name]) for name in ("x", "y", "cos", "sin"))
-    return Rotation(data["pairs"], x, y, cos, sin, signs=tuple(data["signs"]))
+    signs = tuple(data["signs"])
+    return Rotation(data["pairs"], x, y, cos, sin, signs=signs, by_head=data["by_head"])

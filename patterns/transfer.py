@@ -4,6 +4,7 @@ One entry an op. An entry says how its result relates to memory and to tables:
 
     view      the same elements seen through another index map; may share storage with its operand
     same      the same elements in memory of their own, or in another float dtype
+    exact     arithmetic that rounds nothing; read through on tables and weights as well
     compute   arithmetic; on tables alone, or on weights alone, its result is a new leaf
 
 A transfer gets a `Result` (the shape and dtype the op really gave, and a way to name a leaf) and
@@ -22,7 +23,7 @@ from fxfuse.slots import Call
 
 aten = torch.ops.aten
 
-Relation = Literal["view", "same", "compute"]
+Relation = Literal["view", "same", "exact", "compute"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -65,7 +65,7 @@ def _addcmul(result: Result, x: Value, a: Value, b: Value, *, value: Any = 1) ->
     return _add(result, x, arithmetic.scaled(_mul(result, a, b), value))
 
 
-@transfer("compute", aten.neg.default)
+@transfer("exact", aten.neg.default)
 def _neg(result: Result, x: Value) -> Value:
     return arithmetic.scaled(x, -1, result.dtype)
 
