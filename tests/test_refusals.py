@@ -16,7 +16,7 @@ from torch import Tensor
 import fxfuse
 from fxfuse.patterns.record import Norm, Pair
 from tests.spellings import Rope, halves, llama, narrow, rotate_half, rsqrt, weightless
-from tests.toys import Attention, compiled_like_eager, hidden_states
+from tests.toys import Attention, attend, check, compiled_like_eager, hidden_states, stages
 
 pytestmark = pytest.mark.null
 
@@ -338,6 +338,36 @@ def in_place(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
 def test_what_follows_the_rotation_is_never_lost(between: Any) -> None:
     report = compiled_like_eager(Attention(between=between), hidden_states())
     assert report.fused
+
+
+# --- a store of k that v's cannot join ---------------------------------------------------------
+
+
+def by_index_put(cache: Tensor, slots: Tensor, v: Tensor) -> None:
+    cache[:, :, slots] = v
+
+
+def squashed(cache: Tensor, slots: Tensor, v: Tensor) -> None:
+    cache.index_copy_(2, slots, v.tanh() * v)
+
+
+@pytest.mark.parametrize(
+    ("write", "reason"),
+    [
+        (by_index_put, "negative='wrap') where k is stored as Store(heads_first=True, negative='i"),
+        (squashed, "stored rows that are no view of a tensor"),
+    ],
+)
+def test_a_store_of_v_that_cannot_join_is_told(write: Any, reason: str) -> None:
+    def finish(q: Tensor, k: Tensor, v: Tensor, ks: Tensor, vs: Tensor, slots: Tensor) -> Any:
+        ks.index_copy_(2, slots, k)
+        write(vs, slots, v)
+        return attend(q, ks, vs)
+
+    report = check(finish)
+    assert stages(report) == ["store(k)"]
+    (refusal,) = report.refused
+    assert refusal.stage == "store" and reason in refusal.reason
 
 
 # --- odd, and still the statement --------------------------------------------------------------
