@@ -111,7 +111,9 @@ def _provider(site: Site, settings: Settings) -> str:
 
 
 def placeholder_kinds(gm: fx.GraphModule) -> dict[fx.Node, Kind]:
-    """What each input of the graph holds: a parameter, a position or buffer, or data."""
+    """What each input of the graph holds: a parameter, data, or a table: positions, whatever a
+    module keeps, and complex numbers, which nothing but a rotation is fed with.
+    """
     return {n: _kind(n) for n in gm.graph.nodes if n.op in ("placeholder", "get_attr")}
 
 
@@ -119,11 +121,11 @@ def _kind(node: fx.Node) -> Kind:
     example = node.meta.get("example_value")
     if isinstance(example, torch.nn.Parameter):
         return Kind.WEIGHT
-    if isinstance(example, torch.Tensor) and not (
-        example.is_floating_point() or example.is_complex()
-    ):
+    if isinstance(example, torch.Tensor) and not example.is_floating_point():
         return Kind.TABLE
-    return Kind.TABLE if "_buffers" in source_name(node) else Kind.DATA
+    source = source_name(node)
+    held = "_buffers" in source or "_modules" in source or source.startswith("L['self'].")
+    return Kind.TABLE if held else Kind.DATA
 
 
 def _requires_grad(node: fx.Node) -> bool:

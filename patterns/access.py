@@ -79,12 +79,18 @@ def table_access(table: Factor, groups: Sequence[Sequence[Atom]], channels: int)
     `channels` axes are flattened to R, a complex one is taken as its real view, [.., 2 R].
     """
     last = len(table.axes) - channels
-    if any(s for index in table.axes[last:] for _, s in index.strides):
-        raise Refused("a table whose channels differ by row")
+    heads = [(a, s) for index in table.axes[last:] for a, s in index.strides if s]
+    labels: list[Label] = [*_axes(last), CHANNELS]
     steps: list[Step] = [("flatten", last)] if channels > 1 else []
     if table.leaf.part:
         steps = [("view_as_real",), ("flatten", last)]
-    row_steps, labels = _rows(table, [*_axes(last), CHANNELS], last)
+    if heads:
+        (atom, stride), *more = heads
+        if more or steps or atom.size * stride != table.leaf.shape[last]:
+            raise Refused("a table whose channels differ by row")
+        steps = [("unflatten", last, (atom.size, stride))]
+        labels.insert(last, atom)
+    row_steps, labels = _rows(table, labels, last)
     return Access(table.leaf, (*steps, *row_steps, *_arrange(labels, groups, channels=True)))
 
 

@@ -125,16 +125,19 @@ class _Planner:
         return a, b
 
     def _operand_of_attention(self, decoded: Decoded) -> int | None:
-        """Which operand of attention (or of a matmul) the stream's result becomes through views and
-        repeats.
+        """Which operand of attention (or of a matmul) the stream's result becomes through views,
+        repeats and joints with other tokens.
         """
         waiting, seen = [decoded.slot], set()
         while waiting:
             slot = waiting.pop()
             for call in self.uses.consumers.get(slot, []):
                 if call.op in (aten.scaled_dot_product_attention.default, aten.matmul.default):
-                    return call.args.index(slot) if slot in call.args else None
-                if call in self.reading.relations and call not in seen:
+                    names = ("query", "key", "value")
+                    given = dict(zip(names, call.args, strict=False)) | call.kwargs
+                    return next((i for i, n in enumerate(names) if given.get(n) is slot), None)
+                read = call in self.reading.relations or call.op == aten.cat.default
+                if read and call not in seen:
                     seen.add(call)
                     waiting += call.outs
         return None

@@ -8,7 +8,16 @@ import torch
 
 from fxfuse.patterns import arithmetic, shapes
 from fxfuse.patterns.transfer import Result, dim_of, transfer
-from fxfuse.patterns.value import STATISTICS, Definition, Leaf, Opaque, Size, Value, leaf_value
+from fxfuse.patterns.value import (
+    STATISTICS,
+    Definition,
+    Kind,
+    Leaf,
+    Opaque,
+    Size,
+    Value,
+    leaf_value,
+)
 
 aten = torch.ops.aten
 
@@ -45,9 +54,14 @@ def _add(result: Result, a: Any, b: Any, *, alpha: Any = 1) -> Value:
     a, b = _operand(result, a), _operand(result, b)
     if alpha != 1:
         b = arithmetic.scaled(b, alpha)
-    if a.sources() and b.sources() and not a.sources() & b.sources():
+    mixed = _has_data(a) and _has_data(b) and not a.sources() & b.sources()
+    if mixed and (a.sources() or b.sources()):
         raise Opaque("a sum of different sources")
     return arithmetic.add(a, b, result.dtype)
+
+
+def _has_data(x: Value) -> bool:
+    return any(leaf.kind is Kind.DATA for leaf in x.leaves())
 
 
 @transfer("compute", aten.sub.Tensor, aten.sub.Scalar)
