@@ -49,7 +49,9 @@ def rebuild(value: Value, change: Callable[[Index], Index], **fields: Any) -> Va
 
 
 def take(value: Value, positions: Sequence[int], explicit: tuple[Atom, ...]) -> Value:
-    """Re-read every explicit tuple at `positions`; the result is explicit over `explicit`."""
+    """Re-read every explicit tuple at `positions`; the result is explicit over `explicit`. Terms
+    that are zero there are dropped.
+    """
     terms = tuple(
         Term(
             tuple([t.coefficients[p] for p in positions]),
@@ -64,6 +66,7 @@ def take(value: Value, positions: Sequence[int], explicit: tuple[Atom, ...]) -> 
             ),
         )
         for t in value.terms
+        if any(t.coefficients[p] for p in positions)
     )
     return dataclasses.replace(value, terms=terms, explicit=explicit)
 

@@ -20,11 +20,11 @@ from fxfuse.patterns.access import (
     window,
 )
 from fxfuse.patterns.atoms import flatten_explicit
-from fxfuse.patterns.norms import base_of, read_statistic, real, rows_of, without_offset
+from fxfuse.patterns.norms import base_of, order_of, read_statistic, real, rows_of, without_offset
 from fxfuse.patterns.record import Norm, Stream
 from fxfuse.patterns.rotation import Entry, pair_up
 from fxfuse.patterns.site import Access, Decoded
-from fxfuse.patterns.value import Atom, Factor, Index, Kind, Leaf, Value, is_statistic
+from fxfuse.patterns.value import Atom, Factor, Kind, Leaf, Value, is_statistic
 from fxfuse.slots import Slot
 
 
@@ -189,7 +189,7 @@ def _before(slot: Slot, parts: _Parts) -> Decoded:
         and parts.statistic is not None
         and statistic.base is parts.source
         and statistic.stride == (heads[1] if heads else 0)
-        and rows_of(base_of(parts.statistic)) == rows_of(parts.x[0])
+        and rows_of(base_of(parts.statistic, parts.source)) == rows_of(parts.x[0])
     )
     channels = len(parts.value.terms[0].coefficients)
     starts = [
@@ -250,11 +250,13 @@ def _after(slot: Slot, parts: _Parts) -> Decoded:
         raise Refused("a product of a rotated value that is not its norm")
     statistic = read_statistic(parts.statistic.leaf)
     whole = definition.operands[0]
-    order = _order(value, parts.x[0])
+    order = order_of(value, parts.x[0])
     inner = decode(slot, shapes.permute(whole, order))
     channels = inner.stream.channels
     if statistic.base is not parts.source or statistic.count != channels or statistic.start:
         raise Refused("a norm after the rotation over other channels than a head's")
+    if rows_of(base_of(parts.statistic, parts.source)) != rows_of(parts.x[0]):
+        raise Refused("a norm after the rotation by the statistic of other rows")
     if inner.stream.norm is not None:
         raise Refused("a norm before and after the rotation")
     if len(set(value.terms[0].coefficients)) > 1:
@@ -268,28 +270,6 @@ def _after(slot: Slot, parts: _Parts) -> Decoded:
     if inner.stream.scale != 1.0 or inner.stream.has_scale:
         raise Refused("a factor between rotation and norm")
     return dataclasses.replace(inner, value=value, stream=stream, weight=weight, eps=statistic.eps)
-
-
-def _order(value: Value, z: Factor) -> list[int]:
-    """The order of z's axes that gives value's dims; z is read whole."""
-    order = []
-    for dim in value.dims:
-        axes = [
-            j
-            for j, index in enumerate(z.axes)
-            if dim and ([a for a, _ in index.strides] == list(dim) or _is_whole(index, dim, value))
-        ]
-        order.append(axes[0] if axes else -1)
-    rest = [j for j in range(len(z.axes)) if j not in order]
-    order = [rest.pop(0) if j < 0 and rest else j for j in order]
-    if sorted(order) != list(range(len(z.axes))):
-        raise Refused("a rotated value that is regrouped before its norm")
-    return order
-
-
-def _is_whole(index: Index, dim: tuple[Atom, ...], value: Value) -> bool:
-    explicit = value.explicit == dim
-    return explicit and not index.strides and index.offsets == tuple(range(dim[0].size))
 
 
 def _entries(parts: _Parts, start: int) -> list[list[Entry]]:

@@ -12,7 +12,18 @@ from typing import TypeAlias
 import torch
 
 from fxfuse.patterns.access import Refused
-from fxfuse.patterns.value import Atom, Factor, Index, Kind, Leaf, Term, Value, leaf_value
+from fxfuse.patterns.value import (
+    Atom,
+    Factor,
+    Index,
+    Kind,
+    Leaf,
+    Size,
+    Term,
+    Value,
+    leaf_value,
+    product,
+)
 from fxfuse.slots import Scalar
 
 
@@ -100,10 +111,10 @@ def _is_one(term: Term) -> bool:
     return all(abs(c - 1) <= 1e-15 for c in term.coefficients)
 
 
-def base_of(statistic: Factor) -> Factor:
-    """The tensor behind a row statistic, read at the rows for which the statistic is read."""
+def base_of(statistic: Factor, base: Leaf) -> Factor:
+    """The base of a row statistic, read at the rows for which the statistic is read."""
     factor = statistic
-    while (definition := factor.leaf.definition) is not None:
+    while factor.leaf is not base and (definition := factor.leaf.definition) is not None:
         inner = definition.operands[0]
         kept, places = list(range(len(inner.dims))), dict[Atom, Index]()
         if definition.op == "mean":
@@ -125,6 +136,30 @@ def rows_of(factor: Factor) -> list[tuple[int, frozenset[tuple[Atom, int]]]]:
     offsets = [*(index.offsets[0] for index in factor.axes[:-1]), 0]
     strides = [frozenset((a, s) for a, s in index.strides if s) for index in factor.axes]
     return list(zip(offsets, strides, strict=True))
+
+
+def order_of(value: Value, z: Factor) -> list[int]:
+    """The order of z's axes that gives value's dims. Raises Refused unless z is read whole."""
+    order: list[int] = []
+    for dim in value.dims:
+        axes = enumerate(zip(z.axes, z.leaf.shape, strict=True))
+        fits = [j for j, (i, n) in axes if j not in order and _is_whole(i, n, dim, value)]
+        order += fits[:1]
+    if sorted(order) != list(range(len(z.axes))) or len(order) != len(value.dims):
+        raise Refused("a rotated value that is cut, moved or regrouped before its norm")
+    return order
+
+
+def _is_whole(index: Index, size: Size, dim: tuple[Atom, ...], value: Value) -> bool:
+    """Whether a dim walks an axis of that size from end to end."""
+    if dim and dim == value.explicit:
+        return not index.strides and index.offsets == tuple(range(size))
+    steps = {a: product(b.size for b in dim[i + 1 :]) for i, a in enumerate(dim)}
+    return (
+        dict(index.strides) == steps
+        and not any(index.offsets)
+        and product(a.size for a in dim) == size
+    )
 
 
 def _composed(index: Index, places: dict[Atom, Index]) -> Index:

@@ -324,8 +324,19 @@ class _Planner:
 
 
 def _without_heads(k: Decoded) -> Decoded:
-    """The q of a site that is a k alone: as k, and nothing of it is computed."""
-    return dataclasses.replace(k, stream=dataclasses.replace(k.stream, keep=False))
+    """The q of a site that is a k alone: as k, and nothing of it is computed. Of operands that
+    differ by head it sees no head either. Raises Refused where that is a table, which k shares.
+    """
+    turn = k.stream.rotation
+    if turn is not None and turn.by_head:
+        raise Refused("a k alone that is turned by tables of each head")
+    weight, scale = k.weight, k.scale
+    if weight is not None and any(name == "unflatten" for name, *_ in weight.steps):
+        weight = dataclasses.replace(weight, steps=(*weight.steps, ("narrow", 0, 0, 0)))
+    if scale is not None:
+        scale = dataclasses.replace(scale, steps=(*scale.steps, ("narrow", 2, 0, 0)))
+    stream = dataclasses.replace(k.stream, keep=False)
+    return dataclasses.replace(k, stream=stream, weight=weight, scale=scale)
 
 
 def _rows_fit(reading: Reading, store: StoreWrite, decoded: Decoded) -> bool:

@@ -99,6 +99,7 @@ class _Sizes:
     def __init__(self, decoded: Decoded) -> None:
         self.atoms: dict[Atom, int] = {}
         self.axes: dict[tuple[Leaf, int], int] = {}
+        self.operands = {a.leaf for a in decoded.accesses()}
         value = decoded.value
         rows = [(r, 2 + i) for i, r in enumerate(decoded.rows[:2]) if r is not None]
         small = {value.dims[r][0]: n for r, n in rows if len(value.dims[r]) == 1}
@@ -125,7 +126,7 @@ class _Sizes:
                     if len(index.strides) == 1 and index.strides[0][0] in small
                 }
                 self.axes |= {(factor.leaf, j): n for j, n in axes.items()}
-                if factor.leaf.definition is not None:
+                if factor.leaf.definition is not None and factor.leaf not in self.operands:
                     self._define(factor.leaf.definition, axes)
 
     def _define(self, definition: Definition, axes: dict[int, int]) -> None:

@@ -84,7 +84,7 @@ def _neg(result: Result, x: Value) -> Value:
     return arithmetic.scaled(x, -1, result.dtype)
 
 
-@transfer("compute", aten._conj.default, aten.conj.default)
+@transfer("exact", aten._conj.default, aten.conj.default)
 def _conj(result: Result, z: Value) -> Value:
     return arithmetic.mapped(z, lambda c: complex(c).conjugate(), result.dtype)
 

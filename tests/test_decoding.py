@@ -13,7 +13,17 @@ from hypothesis import strategies as st
 from fxfuse.patterns.record import Norm, Pair, Pass, Rotation, Stream
 from tests import spellings
 from tests.spellings import NORMS, ROPES, Rope, gemma, inverted, llama, rsqrt, weightless
-from tests.toys import Attention, Sizes, compiled_like_eager, explain, hidden_states
+from tests.toys import (
+    Attention,
+    Layer,
+    Sizes,
+    by_index_copy,
+    check,
+    compiled_like_eager,
+    explain,
+    hidden_states,
+    stages,
+)
 
 pytestmark = pytest.mark.null
 
@@ -157,6 +167,40 @@ def test_a_norm_over_the_whole_width_whose_statistic_no_node_holds_is_cut(norm: 
     assert [r.stage for r in report.refused] == ["cut", "cut"], "one for q, one for k"
 
 
+def test_a_statistic_whose_rows_are_moved_is_a_factor_by_row() -> None:
+    """With as many heads as tokens, another row's statistic fits as well."""
+
+    def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps).transpose(1, 2) * weight
+
+    toy = Attention(norm=norm, sizes=Sizes(4, 4))
+    for stream in streams(compiled_like_eager(toy, hidden_states(4))):
+        assert stream.norm is not None and stream.norm.over == "given"
+
+
+def test_channels_that_move_between_a_norm_and_its_weight_leave_both_outside() -> None:
+    def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        return weightless(x, weight, eps).flip(-1) * weight
+
+    report = compiled_like_eager(Attention(norm=norm, after=True), hidden_states())
+    assert {f.stages for f in report.fused} == {("rope", "rms_norm")}
+    assert all(not f.record.q.norm.has_weight for f in report.fused)
+
+
+@pytest.mark.parametrize("statistic", [None, lambda x: x.roll(1, 1)], ids=["wide", "by head"])
+def test_a_k_alone_with_operands_by_head(statistic: Any) -> None:
+    """Its site sees no head of q."""
+
+    def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        rstd = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+        return x * (statistic(rstd) if statistic else rstd) * weight
+
+    toy = Layer(by_index_copy, wide=statistic is None)
+    toy.norm = norm
+    toy.rotate = lambda q, k, cos, sin: (q.tanh(), llama(k, cos, sin))  # type: ignore[method-assign]
+    assert stages(check(toy)) == ["store(k,v)"]
+
+
 def test_a_sum_over_a_count_with_a_rounded_inverse_is_a_mean() -> None:
     """98 * (1 / 98) is the float below one."""
 
@@ -222,6 +266,16 @@ def test_an_empty_rest_is_a_whole_head() -> None:
     """phi3 and minimax slice `x[..., rotary:]` even where nothing is left."""
     for stream in streams(compiled_like_eager(Attention(partial="empty"), hidden_states())):
         assert (stream.rotation, stream.passes) == (half_pairs(16), ())
+
+
+def test_a_conjugated_circle_is_read_through() -> None:
+    def table(angles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        circle = torch.polar(torch.ones_like(angles), -angles).conj()
+        return circle, circle
+
+    rope = Rope(spellings.llama4, table)
+    for stream in streams(compiled_like_eager(Attention(rope), hidden_states())):
+        assert stream.rotation is not None and stream.rotation.signs == (1, -1)
 
 
 def test_a_split_with_an_empty_part() -> None:

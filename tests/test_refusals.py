@@ -16,7 +16,7 @@ from torch import Tensor
 import fxfuse
 from fxfuse.patterns.record import Norm, Pair
 from tests.spellings import Rope, halves, llama, narrow, rotate_half, rsqrt, weightless
-from tests.toys import Attention, attend, check, compiled_like_eager, hidden_states, stages
+from tests.toys import Attention, Sizes, attend, check, compiled_like_eager, hidden_states, stages
 
 pytestmark = pytest.mark.null
 
@@ -263,18 +263,20 @@ def of_the_token_before(x: Tensor) -> Tensor:
     return x.roll(1, 2)
 
 
+@pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize(
     "other", [of_one_batch_row, of_one_head, of_one_token, of_the_token_before]
 )
-def test_the_statistic_of_another_row_is_a_factor_by_row(other: Any, caplog: Any) -> None:
+def test_the_statistic_of_another_row_is_no_norm(other: Any, after: bool, caplog: Any) -> None:
     def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return x * torch.rsqrt(other(x).pow(2).mean(-1, keepdim=True) + eps) * weight
 
     with caplog.at_level(logging.ERROR, "fxfuse"):
-        report = compiled_like_eager(Attention(norm=norm), hidden_states())
+        report = compiled_like_eager(Attention(norm=norm, after=after), hidden_states())
     assert caplog.records == []
     for fused in report.fused:
-        assert fused.record.q.norm == Norm("given", "before", has_weight=True)
+        given = Norm("given", "before", has_weight=not after)
+        assert fused.record.q.norm in ((None, given) if after else (given,))
 
 
 def test_a_weight_after_the_rotation_of_a_norm_before_it_stays_outside() -> None:
@@ -320,6 +322,10 @@ def temperature(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     return q * torch.log1p(torch.arange(q.shape[2])).view(1, 1, -1, 1), k
 
 
+def one_channel(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    return q, torch.cat([k[..., :1] * 2, k[..., 1:]], -1)
+
+
 def bias(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     return q + 1.0, k - 0.5
 
@@ -332,12 +338,11 @@ def in_place(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     return q.mul_(1.5), k.add_(q.mean())
 
 
-@pytest.mark.parametrize(
-    "between", [soft_cap, temperature, bias, masked, in_place], ids=lambda f: f.__name__
-)
-def test_what_follows_the_rotation_is_never_lost(between: Any) -> None:
-    report = compiled_like_eager(Attention(between=between), hidden_states())
-    assert report.fused
+@pytest.mark.parametrize("between", [soft_cap, temperature, one_channel, bias, masked, in_place])
+def test_what_follows_the_rotation_is_never_lost(between: Any, caplog: Any) -> None:
+    toy = Attention(between=between, sizes=Sizes(rotary=10))
+    assert compiled_like_eager(toy, hidden_states()).fused
+    assert "an error of fxfuse" not in caplog.text
 
 
 # --- a store of k that v's cannot join ---------------------------------------------------------
