@@ -345,7 +345,7 @@ def _rows_fit(reading: Reading, store: StoreWrite, decoded: Decoded) -> bool:
     """
     order = (0, 2, 1) if store.record.heads_first else (0, 1, 2)
     value = seen_from(reading, decoded.slot, store.value)
-    if value is None or len(value.dims) != 4 or None in decoded.rows:
+    if value is None or len(value.terms) != 1 or len(value.dims) != 4 or None in decoded.rows:
         return False
     rows = [*(decoded.rows[i] for i in order), len(decoded.slot.shape) - 1]
     axes = value.terms[0].factors[0].axes

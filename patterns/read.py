@@ -31,7 +31,8 @@ from fxfuse.slots import Call, Scalar, Slot, View, slots_of
 
 aten = torch.ops.aten
 
-# Their results are data, also of weights alone; of tables alone they are a table.
+# Their results are data, also of weights alone; of tables alone they are a table, and so is what an
+# embedding has for positions that no input of the graph has a say in.
 PROJECTIONS = frozenset(
     {
         aten.linear.default,
@@ -118,6 +119,7 @@ class _Reader:
         self.leaf_of: dict[tuple[Slot, int, str], Leaf] = {}
         self.calls: dict[Any, Call] = {}
         self.twins: dict[Slot, Slot] = {}
+        self.constants: set[Slot] = set()
         self.reading = Reading(view, {}, {}, {}, {}, {}, {}, [])
 
     def read(self) -> Reading:
@@ -166,6 +168,8 @@ class _Reader:
 
     def _call(self, call: Call) -> None:
         kind = self._kind(call)
+        if call.op is not None and self.constants.issuperset(call.inputs()):
+            self.constants.update(call.outs)
         for slot in call.outs:
             self.reading.kinds[slot] = kind
         twin = self._twin(call) if kind is not Kind.DATA else None
@@ -214,6 +218,8 @@ class _Reader:
         kinds = {self._slot_kind(x) for x in call.inputs()}
         if call.op is None or Kind.DATA in kinds:
             return Kind.DATA
+        if call.op is aten.embedding.default and call.args[0] in self.constants:
+            return Kind.TABLE
         if call.op in PROJECTIONS and Kind.WEIGHT in kinds:
             return Kind.DATA
         return Kind.WEIGHT if kinds == {Kind.WEIGHT} else Kind.TABLE
