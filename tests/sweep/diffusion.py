@@ -26,7 +26,13 @@ FOLDER = "diffusers.models.transformers"
 def diffusers_units() -> dict[str, Unit]:
     """Every unit of diffusers by name; a rotary file without an entry is one that cannot run."""
     units = {
-        name: Unit(name, f"{FOLDER}.{entry.file}", entry.model, library="diffusers")
+        name: Unit(
+            name,
+            f"{FOLDER}.{entry.file}",
+            entry.model,
+            library="diffusers",
+            rounds=entry.rounds,
+        )
         for name, entry in TABLE.items()
     }
     known = {unit.module for unit in units.values()}

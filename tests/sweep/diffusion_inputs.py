@@ -30,6 +30,7 @@ class Diffusion:
     model: str
     sizes: Arguments
     inputs: Callable[[], Arguments]
+    rounds: str = ""
 
 
 def time(value: float = 1.0) -> Tensor:

@@ -235,6 +235,7 @@ VIDEOS: dict[str, Diffusion] = {
             "axes_dims": AXES,
         },
         _kandinsky,
+        rounds="bfloat16",
     ),
     "ltx": Diffusion("transformer_ltx", "LTXVideoTransformer3DModel", LTX, _ltx),
     "ltx2": Diffusion("transformer_ltx2", "LTX2VideoTransformer3DModel", LTX2, _ltx2),

@@ -115,7 +115,7 @@ def _run(example: Example, name: str, dtype: str, plan: Plan) -> Run:
     except Exception as error:
         run.status, run.message = "none", f"eager: {_short(error)}"
         return run
-    tolerance = TOLERANCE[getattr(torch, dtype)]
+    tolerance = TOLERANCE[getattr(torch, example.unit.rounds or dtype)]
     before, backend = dict(fxfuse.counts()), Watching(compiler=plan.compiler)
     codes: list[str] = []
     try:
@@ -187,7 +187,7 @@ def _note_graphs(run: Run, backend: Watching, before: dict[str, int]) -> None:
         run.tensors += times * sum(
             stream is not None and stream.rotation is not None
             for f in report.fused
-            for stream in (f.record.q, f.record.k)
+            for stream in (f.record.q if f.record.q.keep else None, f.record.k)
         )
         stages.update(" + ".join(f.stages) for f in report.fused)
         run.notes += [n for n in report.notes if n not in run.notes]
@@ -204,5 +204,5 @@ def _note_graphs(run: Run, backend: Watching, before: dict[str, int]) -> None:
 
 
 def _short(error: BaseException) -> str:
-    text = str(error).strip() or "no message"
-    return f"{type(error).__name__}: {text.splitlines()[0][:300]}"
+    text = " ".join(str(error).split()) or "no message"
+    return f"{type(error).__name__}: {text[:300]}"

@@ -76,13 +76,16 @@ FURTHER = {
 
 @dataclass(frozen=True)
 class Unit:
-    """One model class: `module` is imported to find `model` in it."""
+    """One model class: `module` is imported to find `model` in it. `rounds` names a dtype in which
+    the model computes whatever dtype it is given: results differ by its roundings.
+    """
 
     name: str
     module: str
     model: str
     library: str = "transformers"
     whole: bool = False
+    rounds: str = ""
 
     @property
     def arch(self) -> str:
