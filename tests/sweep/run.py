@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
+import torch
+
 from tests.sweep.measure import Plan, measure
 from tests.sweep.results import UnitResult
 
@@ -42,7 +44,8 @@ def run_units(names: Sequence[str], plan: Plan, jobs: int, timeout: float) -> It
 
 
 def _start(unit: str, plan: Plan) -> Job:
-    context = multiprocessing.get_context("fork")
+    # CUDA does not survive a fork, and importing the libraries may have started it.
+    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
     receive, send = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(unit, plan, send))
     process.start()
