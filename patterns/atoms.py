@@ -98,6 +98,31 @@ def explode(value: Value, atom: Atom) -> Value:
     return rebuild(value, change)
 
 
+def make_affine(value: Value, atom: Atom) -> Value:
+    """An explicit atom as an affine one, where every index moves along it in even steps and no
+    coefficient changes; else the value as it is.
+    """
+    others, size = tuple(a for a in value.explicit if a is not atom), atom.size
+    ordered = spread(value, (*others, atom))
+    starts = range(0, count_of(ordered.explicit), size)
+
+    def is_even(numbers: Sequence[complex], step: complex) -> bool:
+        return all(numbers[s + i] == numbers[s] + step * i for s in starts for i in range(size))
+
+    terms = []
+    for term in ordered.terms:
+        offsets = [i.offsets for f in term.factors for i in f.axes]
+        if not is_even(term.coefficients, 0) or not all(is_even(o, o[1] - o[0]) for o in offsets):
+            return value
+        terms.append(Term(term.coefficients[::size], term.factors))
+
+    def change(index: Index) -> Index:
+        step = index.offsets[1] - index.offsets[0]
+        return Index(index.offsets[::size], (*index.strides, *([(atom, step)] if step else [])))
+
+    return rebuild(dataclasses.replace(ordered, terms=tuple(terms), explicit=others), change)
+
+
 def flatten_explicit(value: Value, dim: int) -> Value:
     """Make dim one explicit atom."""
     atoms = value.dims[dim]

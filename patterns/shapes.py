@@ -8,6 +8,7 @@ from fxfuse.patterns.atoms import (
     count_of,
     divide,
     flatten_explicit,
+    make_affine,
     rebuild,
     split_atom,
     spread,
@@ -133,7 +134,7 @@ def concatenate(values: Sequence[Value], dim: int) -> Value:
         result = padded if result is None else add(result, padded)
         start += v.dims[dim][0].size
     assert result is not None
-    return result
+    return make_affine(result, result.dims[dim][0]) if total > 1 else result
 
 
 def scatter(value: Value, part: Value, dim: int, start: int, step: int) -> Value:

@@ -268,6 +268,15 @@ def test_an_empty_rest_is_a_whole_head() -> None:
         assert (stream.rotation, stream.passes) == (half_pairs(16), ())
 
 
+def test_heads_and_channels_that_were_cut_and_joined_are_whole_again() -> None:
+    def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        x = torch.cat([x[:, :1], x[:, 1:]], 1)
+        return rsqrt(torch.cat([x[..., :3], x[..., 3:]], -1), weight, eps)
+
+    for stream in streams(compiled_like_eager(Attention(norm=norm), hidden_states())):
+        assert (stream.norm, stream.rotation) == (Norm("head", "before", True), half_pairs(16))
+
+
 def test_a_conjugated_circle_is_read_through() -> None:
     def table(angles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         circle = torch.polar(torch.ones_like(angles), -angles).conj()
