@@ -235,7 +235,7 @@ def inverted(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def summed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     mean = (x * x).sum(-1, keepdim=True) / x.shape[-1]
-    return x * (mean + eps).pow(0.5).pow(-1) * weight
+    return weight * (x * (mean + eps).pow(0.5).pow(-1))
 
 
 def functional(x: Tensor, weight: Tensor, eps: float) -> Tensor:

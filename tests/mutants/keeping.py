@@ -132,9 +132,10 @@ def product_of_a_product_from_the_left(_: fx.Node, a: Any, b: Any) -> P:
 
 @instead("mul")
 def distributed_over_a_sum(_: fx.Node, a: Any, b: Any) -> P:
-    need(isinstance(b, P) and op_of(b.node) in ("add", "sub"))
-    x, y = proxies(b.node.args)
-    return a * x + a * y if op_of(b.node) == "add" else a * x - a * y
+    sums = [x for x in (b, a) if isinstance(x, P) and op_of(x.node) in ("add", "sub")]
+    need(sums)
+    factor, (x, y) = a if sums[0] is b else b, proxies(sums[0].node.args)
+    return factor * x + factor * y if op_of(sums[0].node) == "add" else factor * x - factor * y
 
 
 @behind()
