@@ -38,7 +38,7 @@ def without_own_writes(gm: fx.GraphModule, view: View) -> fx.GraphModule | None:
         for slot in call.writes:
             if makers.get(slot.storage) not in (None, call.node):
                 writes.setdefault(slot.storage, []).append(call.node)
-    own = {storage for storage, nodes in writes.items() if all(_is_known(view, n) for n in nodes)}
+    own = {s for s, nodes in writes.items() if all(_is_known(view, n, makers) for n in nodes)}
     if not own:
         return None
     try:
@@ -59,7 +59,8 @@ def _makers(view: View) -> dict[int, fx.Node | None]:
     return makers
 
 
-def _is_known(view: View, node: fx.Node) -> bool:
+def _is_known(view: View, node: fx.Node, makers: dict[int, fx.Node | None]) -> bool:
+    """Whether a node writes to one region of a tensor that a node of its own made."""
     target: Any = node.args[0] if node.args else None
     if not isinstance(target, fx.Node) or not isinstance(view.results.get(target), Slot):
         return False
@@ -72,7 +73,7 @@ def _is_known(view: View, node: fx.Node) -> bool:
     except _Unknown:
         return False
     slot = view.results[target]
-    whole = isinstance(slot, Slot) and slot.call is not None and slot.call.node is target
+    whole = isinstance(slot, Slot) and makers[slot.storage] is target
     return whole and not node.kwargs and node.target in (operator.setitem, "copy_", *WRITES)
 
 

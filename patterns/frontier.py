@@ -90,7 +90,8 @@ class Frontier:
             if is_rotated(value):
                 try:
                     self._accept(call, slot, value)
-                except (Refused, Untried, Disproved):
+                except Exception as error:
+                    log.debug("not fused from there on: %s", error)
                     continue
                 return True
         return False
