@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fxfuse.ops  # noqa: F401  defines the ops that are called here
 from fxfuse.patterns.plan import Plan
-from fxfuse.patterns.site import Access, Decoded, Site
+from fxfuse.patterns.site import Access, Decoded, Site, StoreWrite
 from fxfuse.slots import Call, Scalar, Slot, View, slots_of
 from fxfuse.torch_private import copy_graph, fake_mode_of, size_of, with_graph, without_guards
 
@@ -86,12 +86,19 @@ class _Editor:
             args = (*operands, *extras, *eps, text)
             return self._add(torch.ops.fxfuse.norm_rope.default, args, anchor)
         caches = [
-            self._holder(s.cache) if s is not None else None for s in (site.k_store, site.v_store)
+            self._cache(store, anchor) if store is not None else None
+            for store in (site.k_store, site.v_store)
         ]
         slots = self._holder(site.k_store.slots)
         value = self._operand(v.x, anchor) if v else None
         args = (*operands, value, *extras, slots, *caches, *eps, text)
         return self._add(torch.ops.fxfuse.norm_rope_store_.default, args, anchor)
+
+    def _cache(self, store: StoreWrite, anchor: fx.Node) -> fx.Node:
+        node = self._holder(store.cache)
+        for name, *args in store.lifted():
+            node = self._add(name, (node, *args), anchor)
+        return node
 
     def _number(self, x: float | Scalar) -> Any:
         return self.nodes[x.node] if isinstance(x, Scalar) else x

@@ -345,12 +345,13 @@ def _rows_fit(reading: Reading, store: StoreWrite, decoded: Decoded) -> bool:
     """
     order = (0, 2, 1) if store.record.heads_first else (0, 1, 2)
     value = seen_from(reading, decoded.slot, store.value)
-    if value is None or len(value.terms) != 1 or len(value.dims) != 4 or None in decoded.rows:
+    if value is None or len(value.terms) != 1 or len(value.dims) + len(store.lifted()) != 4:
         return False
     rows = [*(decoded.rows[i] for i in order), len(decoded.slot.shape) - 1]
     axes = value.terms[0].factors[0].axes
-    whole = [tuple(a for a, _ in axes[j].strides) for j in rows if j is not None]
-    return [tuple(dim) for dim in value.dims] == whole
+    whole = [() if j is None else tuple(a for a, _ in axes[j].strides) for j in rows]
+    stored = [() if (j := store.axis(i)) is None else value.dims[j] for i in range(4)]
+    return stored == whole
 
 
 def plan(reading: Reading, *, store: bool = True, training: bool = False) -> Plan:

@@ -71,7 +71,7 @@ class Refusal:
 @dataclasses.dataclass(frozen=True, eq=False)
 class StoreWrite:
     """One write of a decoded value into a cache: `cache[..., slots, ...] = value` along its token
-    axis.
+    axis. `missing` is the axis of four that cache and value do not have, its batch or its heads.
     """
 
     call: Call
@@ -79,6 +79,17 @@ class StoreWrite:
     slots: Slot
     value: Slot
     record: Store
+    missing: int | None = None
+
+    def axis(self, i: int) -> int | None:
+        """The value's axis that is axis i of four."""
+        if self.missing is None:
+            return i
+        return None if i == self.missing else i - (i > self.missing)
+
+    def lifted(self) -> tuple[Step, ...]:
+        """The views that give cache and value four axes."""
+        return () if self.missing is None else (("unsqueeze", self.missing),)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

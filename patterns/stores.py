@@ -54,10 +54,13 @@ def _index_put(call: Call) -> StoreWrite:
 def rows_write(
     call: Call, cache: Slot, dim: int, slots: Slot, value: Slot, negative: Negative
 ) -> StoreWrite:
-    """Whole rows at the slots of a [B, G, S, D] or [B, S, G, D] cache, the same for all of B."""
-    if len(cache.shape) != 4 or len(value.shape) != 4 or dim not in (1, 2):
-        axes = f"{len(value.shape)} axes along axis {dim} of a cache of {len(cache.shape)}"
-        raise Refused(f"rows of {axes}, wanted four axes and a token axis")
+    """Whole rows at the slots of a [B, G, S, D] or [B, S, G, D] cache, the same for all of B; or of
+    one without heads, [B, S, D], or without a batch, [S, G, D], as a paged cache's flat view.
+    """
+    rank = len(cache.shape)
+    if len(value.shape) != rank or (rank, dim) not in ((4, 1), (4, 2), (3, 0), (3, 1)):
+        axes = f"{len(value.shape)} axes along axis {dim} of a cache of {rank}"
+        raise Refused(f"rows of {axes}, wanted three or four axes and a token axis")
     if slots.dtype not in (torch.int64, torch.int32) or len(slots.shape) != 1:
         raise Refused("slots that are no vector of integers")
     if cache.dtype != value.dtype:
@@ -65,7 +68,8 @@ def rows_write(
     wanted = [*cache.shape[:dim], slots.shape[0], *cache.shape[dim + 1 :]]
     if list(value.shape) != wanted:
         raise Refused(f"rows of shape {list(value.shape)} where the cache takes {wanted}")
-    return StoreWrite(call, cache, slots, value, Store(heads_first=dim == 2, negative=negative))
+    record = Store(heads_first=dim == 2, negative=negative)
+    return StoreWrite(call, cache, slots, value, record, None if rank == 4 else 2 * dim)
 
 
 def find_stores(reading: Reading) -> tuple[list[StoreWrite], dict[Call, str]]:
@@ -96,10 +100,10 @@ def stored_copy(reading: Reading, store: StoreWrite) -> Decoded | None:
     """
     value, slot = reading.values[store.value], store.value
     plain = len(value.terms) == 1 and len(value.terms[0].factors) == 1
-    if not plain or set(value.terms[0].coefficients) != {1.0} or len(value.dims) != 4:
+    if not plain or set(value.terms[0].coefficients) != {1.0}:
         return None
     order = (0, 2, 1, 3) if store.record.heads_first else (0, 1, 2, 3)
-    channels = slot.shape[3]
+    channels = slot.shape[-1]
     if not isinstance(channels, int):
         return None
     leaf = Leaf(
@@ -118,5 +122,6 @@ def stored_copy(reading: Reading, store: StoreWrite) -> Decoded | None:
         dtype=str(slot.dtype).removeprefix("torch."),
         keep=False,
     )
-    rows = (0, 2, 1) if store.record.heads_first else (0, 1, 2)
-    return Decoded(slot, value, stream, rows, Access(leaf, (("permute", order),)))
+    b, t, h = (store.axis(i) for i in order[:3])
+    steps = (*store.lifted(), ("permute", order))
+    return Decoded(slot, value, stream, (b, t, h), Access(leaf, steps))

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import CompileConfig
+from transformers import CompileConfig, ContinuousBatchingConfig, GenerationConfig
+from transformers.generation.continuous_batching import PagedAttentionCache
 
 import fxfuse
 from tests.models.counting import GraphCounts
@@ -72,3 +73,39 @@ def test_one_compile_for_every_batch_and_length() -> None:
         assert_close(got, model(ids, use_cache=False).logits, f"{batch} x {tokens} tokens")
     assert backend.graphs == 1
     assert fxfuse.counts()["attention"] - before == FAMILIES["qwen3"].rotary
+
+
+def generated_in_one_batch(backend: Any) -> list[list[int]]:
+    """Greedy tokens of two prompts, by transformers' continuous batching with its paged cache."""
+    compiled = CompileConfig(backend=backend, mode=None, fullgraph=False, dynamic=None)
+    settings = {"num_blocks": 16, "page_size": 32, "max_batch_tokens": 64}
+    config = ContinuousBatchingConfig(
+        varlen_compile_config=compiled if backend else None, use_cuda_graph=False, **settings
+    )
+    greedy = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    outputs = build(FAMILIES["qwen3"]).generate_batch(
+        [[5, 6, 7, 8, 9], [11, 12, 13]],
+        generation_config=greedy,
+        continuous_batching_config=config,
+        progress_bar=False,
+    )
+    return [outputs[name].generated_tokens for name in sorted(outputs)]
+
+
+@pytest.mark.null
+@pytest.mark.parametrize("traced", [False, True], ids=["as it is", "its cache's update traced"])
+def test_continuous_batching(traced: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers keeps the compiler out of the paged cache's update: a site ends before it, and
+    the layers share one compiled attention. Where the update is traced, the store is in the site.
+    """
+    want = generated_in_one_batch(None)
+    if traced:
+        update = PagedAttentionCache.update._torchdynamo_orig_callable
+        monkeypatch.setattr(PagedAttentionCache, "update", update)
+    torch._dynamo.reset()
+    before = fxfuse.counts()
+    assert generated_in_one_batch(fxfuse.Backend(compiler="eager")) == want
+    after = fxfuse.counts()
+    fused = {key: after[key] - before[key] for key in ("attention", "store")}
+    assert fused["attention"] >= (FAMILIES["qwen3"].rotary if traced else 1)
+    assert fused["store"] == (fused["attention"] if traced else 0)
