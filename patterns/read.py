@@ -50,21 +50,14 @@ PROJECTIONS = frozenset(
 )
 
 
-# Their results are tables, whatever their operands depend on: turns, and memory that is filled with
-# one number or not at all.
+# Their results are tables, whatever their operands depend on: turns, and memory with nothing in it.
 TABLES = frozenset(
     {
         aten.cos.default,
         aten.sin.default,
         aten.polar.default,
         aten.empty_like.default,
-        aten.zeros_like.default,
-        aten.ones_like.default,
-        aten.full_like.default,
         aten.new_empty.default,
-        aten.new_zeros.default,
-        aten.new_ones.default,
-        aten.new_full.default,
     }
 )
 

@@ -138,7 +138,7 @@ def _compiled_outcome(scenario: Scenario, model: Any, backend: Any) -> dict[str,
     torch._dynamo.reset()
     counters.clear()
     state = scenario.prepare()
-    output = scenario.call(torch.compile(model, backend=backend), state)
+    output = scenario.call(torch.compile(model, backend=backend, dynamic=False), state)
     return scenario.tensors(output, state)
 
 
