@@ -222,7 +222,7 @@ class _Reader:
 
     def _transfer(self, call: Call, kind: Kind) -> list[Value] | None:
         entry = TRANSFERS.get(call.op)
-        if entry is None or call.writes or not call.outs:
+        if entry is None or call.writes or not call.outs or _moves(call):
             return None
         args, kwargs = map_aggregate((call.args, call.kwargs), self._argument)
         if kind is not Kind.DATA and self._is_leaf_arithmetic(call, entry.relation, args):
@@ -264,6 +264,12 @@ class _Reader:
         if shape is None and definition.op != "sum":
             return self._leaf(slot, definition)
         return self.reading.nameless(definition, shape)
+
+
+def _moves(call: Call) -> bool:
+    """Whether a result lies on another device than what it is made of."""
+    devices = {slot.device for slot in call.inputs()}
+    return bool(devices) and call.outs[0].device not in devices
 
 
 def _tags(op: Any) -> Any:
