@@ -13,7 +13,20 @@ import torch
 from torch import Tensor
 
 import fxfuse
-from tests.toys import B, D, G, Layer, S, Sizes, T, assert_like, attend, hidden_states
+from tests.toys import (
+    B,
+    D,
+    G,
+    Layer,
+    S,
+    Sizes,
+    T,
+    assert_like,
+    attend,
+    check,
+    hidden_states,
+    stages,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -65,3 +78,31 @@ def test_a_cache_of_three_axes_is_stored_to(compiler: str, name: str) -> None:
     (fused,) = fxfuse.last_report().fused
     assert fused.stages == ("rms_norm", "rope", "store(k,v)")
     assert_like(got, run(layer, name))
+
+
+def scaled_after_the_store(*x: Tensor) -> Any:
+    """mistral4: what scales q is computed after k was stored, before the cache is read."""
+    q, k, v, ks, vs, slots = x
+    ks.index_copy_(2, slots, k)
+    vs.index_copy_(2, slots, v)
+    scale = 1 + torch.log(1 + torch.floor(slots / 4))
+    return attend(q * scale[:, None], ks, vs)
+
+
+def q_read_before_the_store(*x: Tensor) -> Any:
+    """Somebody needs q before k is stored: k's store is an op of its own, whose q has no heads."""
+    q, k, v, ks, vs, slots = x
+    ks.mul_(q.mean())
+    ks.index_copy_(2, slots, k)
+    vs.index_copy_(2, slots, v)
+    return attend(q, ks, vs)
+
+
+@pytest.mark.null
+@pytest.mark.parametrize(
+    ("finish", "stored"),
+    [(scaled_after_the_store, ["store(k,v)"]), (q_read_before_the_store, ["", "store(k,v)"])],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_order_of_store_and_q(finish: Any, stored: list[str]) -> None:
+    assert sorted(stages(check(finish))) == stored
