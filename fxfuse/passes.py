@@ -112,7 +112,7 @@ def _provider(site: Site, settings: Settings) -> str:
 
 def placeholder_kinds(gm: fx.GraphModule) -> dict[fx.Node, Kind]:
     """What each input of the graph holds: a parameter, data, or a table: positions, whatever a
-    module keeps, and complex numbers, which nothing but a rotation is fed with.
+    module keeps, and complex numbers, which are taken for turns.
     """
     return {n: _kind(n) for n in gm.graph.nodes if n.op in ("placeholder", "get_attr")}
 

@@ -140,11 +140,11 @@ def _tagged(tag: str) -> Iterator[None]:
         yield
 
 
-def compile_with(compiler: Any, gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
-    """Another backend's compile: torch's own eager or aot_eager by name, or any function."""
+def compile_with(name: str, gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
+    """torch's own eager or aot_eager backend."""
     from torch._dynamo.backends.registry import lookup_backend
 
-    return lookup_backend(compiler)(gm, example_inputs)
+    return lookup_backend(name)(gm, example_inputs)
 
 
 def reset_inductor() -> None:

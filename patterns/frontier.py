@@ -78,7 +78,8 @@ class Frontier:
         except Exception as error:
             stage, reason = "prove" if isinstance(error, Untried) else "decode", str(error)
             if not isinstance(error, (Refused, Untried)):
-                log.warning("fxfuse: an error of fxfuse, %s is left alone", slot, exc_info=True)
+                name = slot.node.name
+                log.warning("fxfuse: an error of fxfuse, %s is left alone", name, exc_info=True)
                 reason = f"an error of fxfuse: {type(error).__name__}: {error}"
             if self._accept_part(call, slot):
                 stage, reason = "cut", f"what comes before the rotation: {reason}"

@@ -16,7 +16,13 @@ from torch.fx.node import map_aggregate
 import fxfuse.patterns.transfer_arithmetic
 import fxfuse.patterns.transfer_shapes  # noqa: F401  these two fill the table
 from fxfuse.patterns import arithmetic
-from fxfuse.patterns.transfer import TRANSFERS, Relation, is_exact_cast, transferred
+from fxfuse.patterns.transfer import (
+    NOT_FORESEEN,
+    TRANSFERS,
+    Relation,
+    is_exact_cast,
+    transferred,
+)
 from fxfuse.patterns.value import (
     Definition,
     Kind,
@@ -175,18 +181,8 @@ class _Reader:
             return
         try:
             values = self._transfer(call, kind)
-        except Opaque as reason:
+        except (Opaque, *NOT_FORESEEN) as reason:
             self.reading.reasons[call] = str(reason)
-            values = None
-        except (
-            ValueError,
-            IndexError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            ZeroDivisionError,
-        ) as e:
-            self.reading.reasons[call] = f"{call.op} was not read: {type(e).__name__}: {e}"
             values = None
         if values is None:
             self.reading.relations.pop(call, None)

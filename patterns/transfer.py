@@ -62,6 +62,10 @@ def transfer(relation: Relation, *ops: Any) -> Callable[[F], F]:
     return register
 
 
+# What a transfer raises on arguments that its author did not think of.
+NOT_FORESEEN = (ValueError, IndexError, KeyError, TypeError, AttributeError, ZeroDivisionError)
+
+
 def transferred(
     call: Call,
     args: Any,
@@ -78,7 +82,10 @@ def transferred(
         lambda definition, shape=None: name(out, definition, shape),
         number,
     )
-    made = TRANSFERS[call.op].function(result, *args, **kwargs)
+    try:
+        made = TRANSFERS[call.op].function(result, *args, **kwargs)
+    except NOT_FORESEEN as error:
+        raise Opaque(f"{call.op} was not read: {type(error).__name__}: {error}") from error
     values = [made] if isinstance(made, Value) else list(made)
     for x, slot in zip(values, call.outs, strict=True):
         if x.shape != slot.shape:

@@ -76,3 +76,22 @@ def test_heads_may_stand_side_by_side_in_the_tables() -> None:
 
     record = compiled(Turned(tables, kv_heads=HEADS), torch.rand(B, T, HEADS * D))
     assert record.q.rotation.by_head
+
+
+class InRegions(Turned):
+    """z_image: the rotation stands in an autocast region of its own, attention behind it."""
+
+    def forward(self, x: Tensor, angles: Tensor) -> Tensor:
+        y = self.project(x).unflatten(-1, (-1, D)).transpose(1, 2)
+        q, k, v = y.split([HEADS, self.kv_heads, self.kv_heads], 1)
+        with torch.autocast("cpu", enabled=False):
+            cos, sin = self.tables(angles)
+            q = llama(q, cos, sin)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            k = llama(k, cos, sin)
+        return attend(q, k, v)
+
+
+def test_a_rotation_may_stand_in_an_autocast_region() -> None:
+    record = compiled(InRegions(twice), torch.rand(B, 1, T, D // 2))
+    assert record.q.rotation is not None and record.k is not None
