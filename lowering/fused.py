@@ -38,7 +38,7 @@ def lower(name: str, args: tuple[Any, ...], record: Record) -> tuple[Any, Any]:
         return q_out, k_out
     tokens = inductor.hint(q_out.get_size()[1])
     plan = launch.plan(record, operands, (call["q_eps"], call["k_eps"]), tokens)
-    inductor.launch(with_warps(plan.warps), plan)
+    inductor.launch(with_warps(plan.kernel, plan.warps), plan)
     return q_out, k_out
 
 
@@ -52,12 +52,12 @@ def _result(x: Any, stream: Stream) -> tuple[Any, launch.Operand]:
 
 
 @functools.cache
-def with_warps(warps: int) -> Any:
-    """The kernel with its warps pinned: Inductor takes them from a sole autotuning config."""
+def with_warps(kernel: str, warps: int) -> Any:
+    """A kernel with its warps pinned: Inductor takes them from a sole autotuning config."""
     import triton
 
     config = triton.Config({}, num_warps=warps, num_stages=1)
-    return triton.autotune(configs=[config], key=[])(kernels.norm_rope_store)
+    return triton.autotune(configs=[config], key=[])(getattr(kernels, kernel))
 
 
 ARGUMENTS = {

@@ -10,16 +10,16 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from fxfuse.patterns.record import Norm, Pair, Pass, Record, Stream
+from fxfuse.lowering.tiles import Tile, tile_for
+from fxfuse.patterns.record import Pair, Pass, Record, Stream
 
 # An int, or Inductor's symbolic expression of one.
 Size = Any
 
 MAX_PASSES = 2
 
-# Up to how many tokens, elements in a program's tile, warps: few tokens want many threads on each
-# row, many tokens want 16-byte loads.
-TABLE = ((64, 1024, 4), (None, 1024, 2))
+# Up to this many tokens strides are constants of the kernel.
+FEW = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +38,9 @@ class Operand:
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """Tensor and scalar arguments, constexprs, grid and warps of one kernel launch."""
+    """The kernel, its tensor and scalar arguments, constexprs, grid and warps."""
 
+    kernel: str
     arguments: dict[str, Any]
     constants: dict[str, Any]
     grid: tuple[Size, Size]
@@ -51,29 +52,42 @@ def plan(
     operands: Mapping[str, Operand | None],
     eps: tuple[float, float],
     tokens: int,
+    target: str = "",
+    tile: Tile | None = None,
 ) -> Launch:
     """The launch for operands named as the op's arguments, with q_out and k_out beside them.
 
-    Shapes: as the op's; heads and channels are plain numbers. tokens is T or a guess of it.
+    Shapes: as the op's; heads and channels are plain numbers. tokens is T or a guess of it; tile
+    overrules the launch table.
     """
     q, k, v = _needed(operands, "q"), operands.get("k"), operands.get("v")
     heads, kv_heads = int(q.shape[2]), int((k or v or q).shape[2])
-    constants = record_constants(record)
-    width = constants["PAIR_BLOCK"] * 2 + constants["LOW_BLOCK"] + constants["HIGH_BLOCK"]
-    elements, warps = next(
-        (elements, warps) for most, elements, warps in TABLE if most is None or tokens <= most
-    )
-    tile_heads = min(power_above(max(heads, kv_heads)), max(1, elements // power_above(width // 2)))
-    blocks = {
-        "Q_BLOCKS": -(-heads // tile_heads),
-        "K_BLOCKS": -(-kv_heads // tile_heads) if k else 0,
-        "V_BLOCKS": -(-kv_heads // tile_heads) if v else 0,
+    rows = tokens * (heads + sum(kv_heads for x in (k, v) if x))
+    tile = tile or tile_for(target, rows, widest_run(record.q))
+    most = power_above(max(heads, kv_heads))
+    tile = dataclasses.replace(tile, heads=min(tile.heads, most))
+    constants = dict(record_constants(record))
+    programs = []
+    for name, stream, x in (("Q", record.q, q), ("K", record.k, k), ("V", record.v, v)):
+        count = int(x.shape[2]) if x else 0
+        programs.append(-(-count // tile.heads))
+        weight = operands.get(f"{name.lower()}_weight")
+        constants[name] = _stream(stream or record.q, programs[-1], count, weight)
+        constants[f"{name}_ROW"] = _row(stream or record.q)
+    constants |= {"TOKENS": tile.tokens, "HEADS": tile.heads, "SINGLE": q.shape[:2] == (1, 1)}
+    grid = (-(-q.shape[1] // tile.tokens) * sum(programs), q.shape[0])
+    pointers, strides = _pointers(operands), _strides(record, operands)
+    arguments = pointers | _scalars(record, operands, eps)
+    numbers = [n for part in strides.values() for n in part]
+    if tokens <= FEW and all(isinstance(n, int) for n in numbers):
+        constants["STRIDES"] = tuple(numbers)
+        return Launch("norm_rope_store_few", arguments, constants, grid, tile.warps)
+    named = {
+        f"stride_{prefix}{axis}": n
+        for prefix, part in strides.items()
+        for axis, n in zip(AXES[prefix], part, strict=True)
     }
-    constants |= blocks | {"H": heads, "G": kv_heads, "HEADS": tile_heads}
-    constants |= _weight_constants("Q", record.q, operands.get("q_weight"))
-    constants |= _weight_constants("K", record.k, operands.get("k_weight"))
-    grid = (q.shape[1] * sum(blocks.values()), q.shape[0])
-    return Launch(_arguments(record, operands, eps), constants, grid, warps)
+    return Launch("norm_rope_store", arguments | named, constants, grid, tile.warps)
 
 
 def _needed(operands: Mapping[str, Operand | None], name: str) -> Operand:
@@ -87,97 +101,127 @@ def power_above(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def _arguments(
-    record: Record, operands: Mapping[str, Operand | None], eps: tuple[float, float]
-) -> dict[str, Any]:
+POINTERS = (
+    "q",
+    "k",
+    "v",
+    "k_cache",
+    "v_cache",
+    "slots",
+    "positions",
+    "q_weight",
+    "k_weight",
+    "q_scale",
+    "k_scale",
+    "cos",
+    "sin",
+)
+
+# The strides that the kernel takes, in its order: prefix of the argument's name, and axes.
+AXES: dict[str, str | tuple[str, ...]] = {
+    "q": "bthd",
+    "k": "bthd",
+    "v": "bthd",
+    "qs": "bth",
+    "ks": "bth",
+    "cos": "btd",
+    "sin": "btd",
+}
+AXES |= {"kc": "bgsd", "vc": "bgsd", "slot": ("",), "p": "bt"}
+
+
+def _pointers(operands: Mapping[str, Operand | None]) -> dict[str, Any]:
     q, q_out = _needed(operands, "q"), _needed(operands, "q_out")
     # The kernel never touches an absent operand; a pointer has to stand there all the same.
-    names: tuple[str, ...] = (
-        "q",
-        "k",
-        "v",
-        "k_cache",
-        "v_cache",
-        "slots",
-        "q_weight",
-        "k_weight",
-        "q_scale",
-    )
-    names += ("k_scale", "cos", "sin")
-    found = {name: operands.get(name) for name in names}
-    arguments = {f"{name}_ptr": (found[name] or q).value for name in names}
-    arguments |= {
-        "q_out_ptr": q_out.value,
-        "k_out_ptr": (operands.get("k_out") or q_out).value,
+    arguments = {f"{name}_ptr": (operands.get(name) or q).value for name in POINTERS}
+    k_out = operands.get("k_out") or q_out
+    return arguments | {"q_out_ptr": q_out.value, "k_out_ptr": k_out.value}
+
+
+def _scalars(
+    record: Record, operands: Mapping[str, Operand | None], eps: tuple[float, float]
+) -> dict[str, Any]:
+    q, cache = _needed(operands, "q"), operands.get("k_cache") or operands.get("v_cache")
+    slots_at = 2 if record.store is None or record.store.heads_first else 1
+    size = cache.shape[slots_at] if cache else 0
+    return {"q_eps": eps[0], "k_eps": eps[1], "T": q.shape[1], "S": size}
+
+
+def _strides(record: Record, operands: Mapping[str, Operand | None]) -> dict[str, tuple[Size, ...]]:
+    """Strides by AXES; those of an absent operand are 0."""
+
+    def of(name: str, read: Callable[[Operand], tuple[Size, ...]]) -> tuple[Size, ...] | None:
+        operand = operands.get(name)
+        return read(operand) if operand else None
+
+    def cache_strides(o: Operand) -> tuple[Size, ...]:
+        b, first, second, d = o.strides
+        heads_first = record.store is None or record.store.heads_first
+        return (b, first, second, d) if heads_first else (b, second, first, d)
+
+    def table_strides(o: Operand) -> tuple[Size, ...]:
+        return (*o.steps(2), o.strides[2])
+
+    found = {
+        "q": of("q", lambda o: o.strides),
+        "k": of("k", lambda o: o.strides),
+        "v": of("v", lambda o: o.strides),
+        "qs": of("q_scale", lambda o: o.steps(3)),
+        "ks": of("k_scale", lambda o: o.steps(3)),
+        "cos": of("cos", table_strides),
+        "sin": of("sin", table_strides),
+        "kc": of("k_cache", cache_strides),
+        "vc": of("v_cache", cache_strides),
+        "slot": of("slots", lambda o: o.strides[:1]),
+        "p": of("positions", lambda o: o.steps(2)),
     }
-    for x in ("q", "k", "v"):
-        arguments |= _strides(x, found[x], "bthd", lambda o: o.strides)
-    for x, name in (("qs", "q_scale"), ("ks", "k_scale")):
-        arguments |= _strides(x, found[name], "bth", lambda o: o.steps(3))
-    for name in ("cos", "sin"):
-        arguments |= _strides(name, found[name], "btd", lambda o: (*o.steps(2), o.strides[2]))
-    order = "bgsd" if record.store is None or record.store.heads_first else "bsgd"
-    for x, name in (("kc", "k_cache"), ("vc", "v_cache")):
-        arguments |= _strides(x, found[name], order, lambda o: o.strides)
-    cache, slots = found["k_cache"] or found["v_cache"], found["slots"]
-    arguments |= {
-        "stride_slot": slots.strides[0] if slots else 0,
-        "q_eps": eps[0],
-        "k_eps": eps[1],
-        "T": q.shape[1],
-        "S": cache.shape[order.index("s")] if cache else 0,
-    }
-    return arguments
-
-
-def _strides(
-    prefix: str,
-    operand: Operand | None,
-    axes: str,
-    of: Callable[[Operand], tuple[Size, ...]],
-) -> dict[str, Size]:
-    values = of(operand) if operand else (0,) * len(axes)
-    return {f"stride_{prefix}{axis}": v for axis, v in zip(axes, values, strict=True)}
-
-
-def _weight_constants(prefix: str, stream: Stream | None, weight: Operand | None) -> dict[str, Any]:
-    used = bool(stream and stream.norm and stream.norm.has_weight and weight)
-    return {f"{prefix}_WEIGHT": len(weight.shape) if used and weight else 0}
+    return {prefix: part or (0,) * len(AXES[prefix]) for prefix, part in found.items()}
 
 
 @functools.cache
 def record_constants(record: Record) -> dict[str, Any]:
     """The kernel's constexprs that the record alone decides."""
-    q, k, v = record.q, record.k, record.v
-    turn = q.rotation
-    nowhere = Pair(0, 0, 1)
-    low, high = (*q.passes, Pass(0, 0, 0), Pass(0, 0, 0))[:MAX_PASSES]
-    constants: dict[str, Any] = {"PAIRS": turn.pairs if turn else 0}
-    for side in ("x", "y", "cos", "sin"):
-        pair = getattr(turn, side) if turn else nowhere
-        constants |= {f"{side.upper()}_{n.upper()}": i for n, i in dataclasses.asdict(pair).items()}
-    constants["SIGN_FIRST"], constants["SIGN_SECOND"] = turn.signs if turn else (1, 1)
-    for name, run in (("LOW", low), ("HIGH", high)):
-        constants |= {f"{name}_X": run.x_start, f"{name}_Y": run.y_start}
-        constants |= {f"{name}_LENGTH": run.length, f"{name}_BLOCK": power_above(run.length)}
-    constants |= {"PAIR_BLOCK": power_above(constants["PAIRS"]), "D": q.channels}
-    constants |= {"DV": v.channels if v else 1, "V_BLOCK": power_above(v.channels if v else 1)}
-    constants |= _stream_constants("Q", q) | _stream_constants("K", k or q)
-    constants |= {
+    turn, k = record.q.rotation, record.k
+    cos, sin = (turn.cos, turn.sin) if turn else (NOWHERE, NOWHERE)
+    return {
+        "TABLES": (*dataclasses.astuple(cos), *dataclasses.astuple(sin)),
         "K_KEEP": bool(k and k.keep),
         "K_STORE": bool(k and record.store),
         "WRAP": bool(record.store and record.store.negative == "wrap"),
+        "LOOKUP": False,
     }
-    return constants
 
 
-def _stream_constants(prefix: str, stream: Stream) -> dict[str, Any]:
-    norm: Norm | None = stream.norm
-    return {
-        f"{prefix}_WHEN": {"before": 1, "after": 2}[norm.when] if norm else 0,
-        f"{prefix}_STATISTIC": bool(norm and norm.over == "head"),
-        f"{prefix}_OFFSET": norm.weight_offset if norm else 0.0,
-        f"{prefix}_HAS_SCALE": stream.has_scale,
-        f"{prefix}_SCALE": stream.scale,
-        f"{prefix}_HEADS_FIRST": stream.heads_first,
-    }
+NOWHERE = Pair(0, 0, 1)
+
+
+def _stream(stream: Stream, programs: int, heads: int, weight: Operand | None) -> tuple[Any, ...]:
+    """The kernel's tuple of a stream: see its module."""
+    norm = stream.norm
+    when = {"before": 1, "after": 2}[norm.when] if norm else 0
+    dims = len(weight.shape) if norm and norm.has_weight and weight else 0
+    offset = norm.weight_offset if norm else 0.0
+    statistic = bool(norm and norm.over == "head")
+    scale = (stream.has_scale, float(stream.scale))
+    norm_part = (when, statistic, dims, offset)
+    return (programs, heads, stream.channels, *norm_part, *scale, stream.heads_first)
+
+
+def widest_run(stream: Stream) -> int:
+    """The widest run of channels that the kernel loads as one block."""
+    turn, passes = stream.rotation, [p.length for p in stream.passes]
+    if turn is None:
+        return max(passes)
+    adjacent = turn.x.step == 2 and turn.x.second == turn.x.first + 1
+    return max(turn.pairs * (2 if adjacent else 1), *passes, 1)
+
+
+def _row(stream: Stream) -> tuple[Any, ...]:
+    turn = stream.rotation
+    low, high = (*stream.passes, Pass(0, 0, 0), Pass(0, 0, 0))[:MAX_PASSES]
+    x, y = (turn.x, turn.y) if turn else (NOWHERE, NOWHERE)
+    pairs, signs = (turn.pairs, turn.signs) if turn else (0, (1, 1))
+    blocks = tuple(power_above(n) for n in (pairs, low.length, high.length))
+    places = (*dataclasses.astuple(x), *dataclasses.astuple(y), *signs)
+    runs = (*dataclasses.astuple(low), *dataclasses.astuple(high))
+    return (pairs, *places, *runs, *blocks)

@@ -37,7 +37,7 @@ def launched(case: Operands) -> tuple[torch.Tensor, torch.Tensor]:
         if x is not None
     }
     plan = launch.plan(case.record, facts, case.eps, q.shape[1])
-    kernels.norm_rope_store[plan.grid](**plan.arguments, **plan.constants)
+    getattr(kernels, plan.kernel)[plan.grid](**plan.arguments, **plan.constants)
     return results
 
 
@@ -65,6 +65,8 @@ def main() -> None:
         print(name, "ok", flush=True)
     check(operands("qwen3", batch=1, tokens=1, heads=16, kv_heads=8, dtype=torch.bfloat16))
     check(operands("llama", heads=1, kv_heads=4))
+    # Many tokens: several of them in a program, and a last program that is not full.
+    check(operands("qwen3", batch=1, tokens=67, heads=40, slots=80))
     # A slot outside the cache is never written.
     case = operands("qwen3", tokens=2, slots=4)
     case.tensors["slots"] = torch.tensor([4, -1])
