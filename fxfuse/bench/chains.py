@@ -1,0 +1,177 @@
+"""The chains that are timed, spelled as models spell them.
+
+Weights and tables of positions are parameters and buffers, as in a model; activations, caches and
+positions are arguments. Each chain returns what attention reads and writes its caches in place.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from fxfuse.bench.shapes import Shape
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """As in Llama, Qwen3 and diffusers: cast back, then the weight."""
+    dtype = x.dtype
+    x = x.to(torch.float32)
+    variance = x.pow(2).mean(-1, keepdim=True)
+    x = x * torch.rsqrt(variance + eps)
+    return weight * x.to(dtype)
+
+
+def gemma_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """As in Gemma3: times (1 + w) in float32, then cast back."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return (wide * (1.0 + weight.float())).type_as(x)
+
+
+def rotate_by_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """As in Llama: full tables and rotate_half, in the working dtype."""
+    half = x.shape[-1] // 2
+    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+    return (x * cos) + (turned * sin)
+
+
+def rotate_by_chunk(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """As in gpt-oss: half tables and chunks, in the working dtype."""
+    first, second = torch.chunk(x, 2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def rotate_neox(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Halves, half tables, in float32."""
+    x1, x2 = torch.chunk(x.float(), 2, dim=-1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).type_as(x)
+
+
+def rotate_gptj(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Adjacent pairs, half tables, in float32."""
+    x1, x2 = x.float().view(*x.shape[:-1], -1, 2).unbind(-1)
+    return torch.stack((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).flatten(-2).type_as(x)
+
+
+NORMS = {"rms": rms_norm, "gemma": gemma_norm}
+ROTATIONS = {
+    "half": rotate_by_half,
+    "chunk": rotate_by_chunk,
+    "neox": rotate_neox,
+    "gptj": rotate_gptj,
+}
+
+
+class Chain(nn.Module):
+    """What all chains share: norm weights where there is a norm, and a table by position."""
+
+    table: Tensor
+
+    def __init__(self, shape: Shape, table: Tensor | None = None) -> None:
+        super().__init__()
+        self.shape = shape
+        self.turn = ROTATIONS[shape.rotation]
+        weight = torch.randn(2, shape.head_dim, dtype=torch.bfloat16)
+        self.q_weight = nn.Parameter(weight[0].clone(), requires_grad=False)
+        self.k_weight = nn.Parameter(weight[1].clone(), requires_grad=False)
+        if table is not None:
+            self.register_buffer("table", table)
+
+    def normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        if self.shape.norm is None:
+            return q, k
+        norm, eps = NORMS[self.shape.norm], self.shape.eps
+        return norm(q, self.q_weight, eps), norm(k, self.k_weight, eps)
+
+    def rotated(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        rotary = self.shape.rotary
+        if rotary == self.shape.head_dim:
+            return self.turn(x, cos, sin)
+        return torch.cat((self.turn(x[..., :rotary], cos, sin), x[..., rotary:]), dim=-1)
+
+    def looked_up(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin [..., T, 1, R / 2] of positions [..., T]."""
+        cos, sin = self.table[positions].unsqueeze(-2).chunk(2, dim=-1)
+        return cos, sin
+
+    def prelude(
+        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, slots: Tensor,
+        k_cache: Tensor, v_cache: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """QK-norm, rotation by given tables, and the store of k, v [1, G, T, D] by index_copy_."""
+        heads = (*q.shape[:-1], -1, self.shape.head_dim)
+        q, k = self.normed(q.view(heads), k.view(heads))
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.view(heads).transpose(1, 2)
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+        q, k = self.turn(q, cos, sin), self.turn(k, cos, sin)
+        k_cache.index_copy_(2, slots, k)
+        v_cache.index_copy_(2, slots, v)
+        return q
+
+
+class Prelude(Chain):
+    """QK-norm, RoPE and a static cache as transformers writes them: projections [1, T, heads * D],
+    cos and sin [1, T, R], caches [1, G, S, D].
+    """
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, slots: Tensor,
+        k_cache: Tensor, v_cache: Tensor,
+    ) -> Tensor:  # fmt: skip
+        return self.prelude(q, k, v, cos, sin, slots, k_cache, v_cache)
+
+
+class NormRope(Chain):
+    """QK-norm and RoPE by position of q and k [tokens, H, D], tables looked up in the chain."""
+
+    def forward(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = self.looked_up(positions)
+        q, k = self.normed(q, k)
+        return self.rotated(q, cos, sin), self.rotated(k, cos, sin)
+
+
+class PackedPrelude(Chain):
+    """A prelude from one packed projection [1, T, (H + 2 G) * D]."""
+
+    def forward(
+        self, qkv: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, k_cache: Tensor, v_cache: Tensor
+    ) -> Tensor:
+        q, k, v = torch.split(qkv, self.shape.widths(), dim=-1)
+        return self.prelude(q, k, v, cos, sin, slots, k_cache, v_cache)
+
+
+class PackedNormRope(Chain):
+    """QK-norm and RoPE over views of one packed qkv [T, (H + G + G) * D]; v is left alone."""
+
+    def forward(self, qkv: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        heads = (*qkv.shape[:-1], -1, self.shape.head_dim)
+        q, k, _ = torch.split(qkv, self.shape.widths(), dim=-1)
+        cos, sin = self.looked_up(positions)
+        q, k = self.normed(q.view(heads), k.view(heads))
+        return self.rotated(q, cos, sin), self.rotated(k, cos, sin)
+
+
+class RopeStore(Chain):
+    """RoPE by position of q, k [T, heads, D] and the store of k, v in flat caches [S, G, D]."""
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, slots: Tensor,
+        k_cache: Tensor, v_cache: Tensor,
+    ) -> Tensor:  # fmt: skip
+        cos, sin = self.looked_up(positions)
+        q, k = self.rotated(q, cos, sin), self.rotated(k, cos, sin)
+        k_cache.index_put_((slots,), k)
+        v_cache.index_put_((slots,), v)
+        return q
+
+
+class BatchedRopeStore(Chain):
+    """The same with a batch axis of one, as transformers' paged cache writes it."""
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, slots: Tensor,
+        k_cache: Tensor, v_cache: Tensor,
+    ) -> Tensor:  # fmt: skip
+        cos, sin = self.looked_up(positions)
+        q, k = self.rotated(q, cos, sin), self.rotated(k, cos, sin)
+        k_cache.index_copy_(0, slots, k.squeeze(0))
+        v_cache.index_copy_(0, slots, v.squeeze(0))
+        return q

@@ -1,0 +1,104 @@
+"""The subcommand `fxfuse bench`: its arguments, and the loop over rows."""
+
+import argparse
+import importlib.util
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from fxfuse.bench import measure, opponents, plot, recipes, rows, show, timing
+
+EPILOG = """examples:
+  fxfuse bench prelude --json prelude.json --plot prelude.png
+  fxfuse bench rope_store --tokens 1 4096 --opponents inductor fxfuse
+  for i in 0 1 2 3; do fxfuse bench packed --compile-only --shard $i/4 & done; wait"""
+
+
+def add_arguments(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Enter `bench` and its recipes into a parser."""
+    bench = subcommands.add_parser(
+        "bench",
+        help="time fxfuse beside Inductor and other libraries",
+        description="Check and time a recipe; every opponent runs the very same chain.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    names = bench.add_subparsers(dest="recipe", required=True, metavar="recipe")
+    for name, recipe in recipes.RECIPES.items():
+        words = " ".join((next(iter(recipe.chains.values())).__doc__ or "").split())
+        one = names.add_parser(name, help=words, description=words)
+        layouts = list(recipe.chains)
+        one.add_argument("--layout", choices=layouts, default=layouts[0])
+        one.add_argument("--tokens", type=_positive, nargs="+", metavar="T")
+        one.add_argument("--only", default="", metavar="NAME", help="a part of a shape's name")
+        one.add_argument("--opponents", nargs="+", choices=list(opponents.OPPONENTS))
+        one.add_argument("--device", choices=["cuda", "cpu"], default=None)
+        one.add_argument("--rounds", type=_positive, default=20, help="samples of each figure")
+        one.add_argument("--shard", type=_shard, default=(0, 1), metavar="I/N")
+        one.add_argument(
+            "--compile-only", action="store_true", help="fill Inductor's caches on disk, no more"
+        )
+        one.add_argument("--json", type=Path, metavar="FILE")
+        one.add_argument("--plot", type=Path, metavar="FILE")
+        one.set_defaults(run=run)
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive whole number")
+    return int(text)
+
+
+def _shard(text: str) -> tuple[int, int]:
+    i, _, n = text.partition("/")
+    if not (i.isdigit() and n.isdigit() and int(i) < int(n)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no shard, wanted I/N with I < N, as 0/4")
+    return int(i), int(n)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run one recipe; 1 where some opponent was wrong or failed."""
+    device = device_of(args.device)
+    if args.plot:
+        need("matplotlib", "--plot")
+    chosen = opponents.choose(args.opponents, args.recipe, device)
+    i, n = args.shard
+    cases = recipes.cases(args.recipe, device, args.tokens, args.only, args.layout)
+    if args.compile_only:
+        for case, opponent in [(c, o) for c in cases for o in chosen][i::n]:
+            seconds = measure.compile_only(case, device, opponent)
+            print(f"{case.shape.name} T={case.tokens} {opponent.name}: {seconds:.1f} s", flush=True)
+        return 0
+    found = rows.started(
+        device, timing.copy_bytes_per_us(device), timing.smallest_kernel_us(device)
+    )
+    print(show.head(found), flush=True)
+    for case in cases[i::n]:
+        start = time.perf_counter()
+        row = measure.measure(case, device, chosen, args.rounds, found.copy_bytes_per_us)
+        found.rows.append(row)
+        cells = show.line(row, found.copy_bytes_per_us)
+        told = "  ".join(f"{name}={cell}" for name, cell in cells.items() if cell)
+        print(f"{told}  ({time.perf_counter() - start:.1f} s)", flush=True)
+        # After every row: what a time limit cuts off is not lost.
+        if args.json:
+            found.write(args.json)
+    show.results(found)
+    if args.plot:
+        plot.write(found, args.plot)
+    return int(any(figure.wrong for row in found.rows for figure in row.figures.values()))
+
+
+def device_of(name: str | None) -> str:
+    """The device asked for, or the GPU if there is one."""
+    if name == "cuda" and not torch.cuda.is_available():
+        sys.exit("fxfuse bench: --device cuda, but torch sees no GPU")
+    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def need(package: str, what: str) -> None:
+    """Exit with what to install where a package is missing."""
+    if importlib.util.find_spec(package) is None:
+        sys.exit(f"fxfuse bench: {what} needs {package}: pip install {package}")

@@ -1,0 +1,97 @@
+"""Who runs a chain: a table of ways to make a callable of a case's module.
+
+In comes a case and its module, out comes a function of the case's arguments. Adding an opponent is
+one entry; what it computes is checked like all others before it is timed.
+"""
+
+import dataclasses
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fxfuse
+from fxfuse.bench.chains import Chain
+from fxfuse.bench.peers import PEERS, Peer
+from fxfuse.bench.recipes import Case
+
+Outputs = Tensor | tuple[Tensor, ...]
+Run = Callable[..., Outputs]
+
+
+@dataclasses.dataclass(frozen=True)
+class Opponent:
+    """One way to run a chain.
+
+    devices    where it is run unless others are asked for
+    package    what must be installed, None for torch alone
+    recipes    recipes it knows, None for all
+    in_place   it may overwrite its arguments
+    """
+
+    name: str
+    build: Callable[[Case, Chain], Run]
+    devices: tuple[str, ...] = ("cuda",)
+    package: str | None = None
+    recipes: frozenset[str] | None = None
+    in_place: bool = False
+
+    def absent(self, recipe: str) -> str | None:
+        """Why it cannot run a recipe here, or None."""
+        if self.package is not None and importlib.util.find_spec(self.package) is None:
+            return f"{self.package} is not installed"
+        if self.recipes is not None and recipe not in self.recipes:
+            return f"{self.name} has no kernel for {recipe}"
+        return None
+
+
+def compiled(**how: Any) -> Callable[[Case, Chain], Run]:
+    """torch.compile of the chain as it stands."""
+
+    def build(case: Case, chain: Chain) -> Run:
+        run: Run = torch.compile(chain, dynamic=False, fullgraph=True, **how)
+        return run
+
+    return build
+
+
+def _peer(recipes: dict[str, Peer]) -> Callable[[Case, Chain], Run]:
+    return lambda case, chain: recipes[case.recipe](case, chain)
+
+
+TUNED = {"max_autotune": True, "coordinate_descent_tuning": True}
+
+OPPONENTS = {
+    opponent.name: opponent
+    for opponent in (
+        Opponent("inductor", compiled(), ("cuda", "cpu")),
+        Opponent("combo", compiled(options={"combo_kernels": True})),
+        # No CUDA graphs of its own: every opponent is captured alike.
+        Opponent("max_autotune", compiled(options=TUNED)),
+        Opponent("fxfuse", compiled(backend=fxfuse.backend), ("cuda", "cpu")),
+        *(
+            Opponent(
+                package,
+                _peer(recipes),
+                package=package,
+                recipes=frozenset(recipes),
+                in_place=True,
+            )
+            for package, recipes in PEERS.items()
+        ),
+    )
+}
+INDUCTORS = ("inductor", "combo", "max_autotune")
+
+
+def choose(names: list[str] | None, recipe: str, device: str) -> list[Opponent]:
+    """The opponents asked for, or all that can run here; one asked for and absent is an error."""
+    if not names:
+        every = OPPONENTS.values()
+        return [o for o in every if device in o.devices and o.absent(recipe) is None]
+    for name in names:
+        if reason := OPPONENTS[name].absent(recipe):
+            raise SystemExit(f"fxfuse bench: opponent {name}: {reason}")
+    return [OPPONENTS[name] for name in names]

@@ -1,0 +1,203 @@
+"""The recipes: which chain over which shapes, and inputs drawn for it.
+
+A Case is one row to be timed. `draw` makes the arguments of one call, `chain` the module; nothing
+here knows who runs it.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fxfuse.bench import chains, shapes
+from fxfuse.bench.shapes import Shape
+
+TABLE_ROWS = 131072
+ROPE_BASE = 1e4
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One row: a recipe at a shape, T tokens and a layout, with the stages that should fuse."""
+
+    recipe: str
+    shape: Shape
+    tokens: int
+    layout: str
+    stages: str
+
+
+@dataclasses.dataclass
+class Inputs:
+    """The arguments of one call.
+
+    args     in the order of the chain's forward
+    caches   those of args that are written, at `slots` along `axis`
+    gathered bytes that are read through a lookup, beyond what args hold
+    """
+
+    args: tuple[Tensor, ...]
+    caches: tuple[Tensor, ...] = ()
+    slots: Tensor | None = None
+    axis: int = 0
+    gathered: int = 0
+
+    def moved_bytes(self, outputs: tuple[Tensor, ...]) -> int:
+        """Each input read once, each output and each row of a cache written once."""
+        caches = {id(c) for c in self.caches}
+        moved = [*outputs, *(x for x in self.args if id(x) not in caches)]
+        rows = 0 if self.slots is None else self.slots.numel()
+        stored = sum(c.nbytes // c.shape[self.axis] * rows for c in self.caches)
+        return sum(x.numel() * x.element_size() for x in moved) + stored + self.gathered
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """One recipe; `chains` names its layouts, the first of them the default."""
+
+    shapes: tuple[Shape, ...]
+    tokens: tuple[int, ...]
+    chains: dict[str, type[chains.Chain]]
+    looks_up: bool
+    store: bool
+    draw: Callable[[Case, str, torch.Generator], Inputs]
+
+
+def _normal(device: str, generator: torch.Generator) -> Callable[..., Tensor]:
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device).bfloat16()
+
+    return draw
+
+
+def _draw_prelude(case: Case, device: str, generator: torch.Generator) -> Inputs:
+    shape, t = case.shape, case.tokens
+    draw = _normal(device, generator)
+    repeats = 2 if shape.rotation == "half" else 1
+    angle = torch.randn(1, t, shape.rotary // 2, generator=generator, device=device)
+    angle = angle.repeat(1, 1, repeats)
+    packed = draw(1, t, sum(shape.widths()))
+    qkv = (packed,) if case.layout == "packed" else torch.split(packed, shape.widths(), -1)
+    slot_count = max(1024, t + 64)
+    start = (slot_count - t) // 2
+    slots = torch.arange(start, start + t, device=device)
+    caches = tuple(draw(1, shape.kv_heads, slot_count, shape.head_dim) for _ in range(2))
+    args = (*(x.contiguous() for x in qkv), angle.cos().bfloat16(), angle.sin().bfloat16(), slots)
+    return Inputs((*args, *caches), caches, slots, axis=2)
+
+
+def _draw_norm_rope(case: Case, device: str, generator: torch.Generator) -> Inputs:
+    shape, t = case.shape, case.tokens
+    draw = _normal(device, generator)
+    positions = torch.randint(TABLE_ROWS, (t,), generator=generator, device=device)
+    size = (t, shape.heads, shape.head_dim)
+    return Inputs((draw(*size), draw(*size), positions), gathered=4 * t * shape.rotary)
+
+
+def _draw_packed(case: Case, device: str, generator: torch.Generator) -> Inputs:
+    shape, t = case.shape, case.tokens
+    qkv = _normal(device, generator)(t, sum(shape.widths()))
+    # v is not read.
+    gathered = 4 * t * shape.rotary - 2 * t * shape.widths()[2]
+    return Inputs((qkv, torch.arange(t, device=device)), gathered=gathered)
+
+
+def _draw_rope_store(case: Case, device: str, generator: torch.Generator) -> Inputs:
+    shape, t = case.shape, case.tokens
+    draw, d = _normal(device, generator), shape.head_dim
+    slot_count = max(2048, 2 * t)
+    slots = torch.randperm(slot_count, generator=generator, device=device)[:t]
+    lead = () if case.layout == "flat" else (1,)
+    heads = (shape.heads, shape.kv_heads, shape.kv_heads)
+    qkv = [draw(*lead, t, n, d) for n in heads]
+    positions = torch.arange(t, device=device).view(*lead, t)
+    caches = tuple(draw(slot_count, shape.kv_heads, d) for _ in range(2))
+    gathered = 4 * t * shape.rotary
+    return Inputs((*qkv, positions, slots, *caches), caches, slots, gathered=gathered)
+
+
+LONG = (1, 16, 256, 4096, 16384)
+RECIPES = {
+    "prelude": Recipe(
+        shapes.PRELUDES,
+        LONG,
+        {"separate": chains.Prelude, "packed": chains.PackedPrelude},
+        looks_up=False,
+        store=True,
+        draw=_draw_prelude,
+    ),
+    "diffusion": Recipe(
+        shapes.DIFFUSION,
+        (),
+        {"flat": chains.NormRope},
+        looks_up=True,
+        store=False,
+        draw=_draw_norm_rope,
+    ),
+    "rope_store": Recipe(
+        shapes.ROPE_STORE,
+        (*LONG, 32768),
+        {"batched": chains.BatchedRopeStore, "flat": chains.RopeStore},
+        looks_up=True,
+        store=True,
+        draw=_draw_rope_store,
+    ),
+    "packed": Recipe(
+        shapes.PACKED,
+        (1, 64, 256, 1024, 4096, 16384),
+        {"packed": chains.PackedNormRope},
+        looks_up=True,
+        store=False,
+        draw=_draw_packed,
+    ),
+}
+CPU_TOKENS = (1, 64, 1024)
+
+
+def cases(
+    recipe: str, device: str, tokens: list[int] | None, only: str = "", layout: str | None = None
+) -> list[Case]:
+    """The rows of a recipe; `only` is a part of a shape's name."""
+    entry = RECIPES[recipe]
+    usual = entry.tokens if device == "cuda" else CPU_TOKENS
+    layout = layout or next(iter(entry.chains))
+    found = []
+    for shape in entry.shapes:
+        if only.lower() not in shape.name.lower():
+            continue
+        for t in tokens or shape.tokens or usual:
+            found.append(Case(recipe, shape, t, layout, _stages(shape, entry)))
+    return found
+
+
+def _stages(shape: Shape, entry: Recipe) -> str:
+    """The stages that a report names where the whole chain is fused."""
+    norm = {"rms": ["rms_norm"], "gemma": ["rms_norm(1+w)"]}.get(shape.norm or "", [])
+    return " + ".join([*norm, "rope", *(["store(k,v)"] if entry.store else [])])
+
+
+@functools.lru_cache(maxsize=2)
+def rope_table(rotary: int, device: str) -> Tensor:
+    """cos and sin by position, [rows, R] in float32: the halves of a row."""
+    steps = torch.arange(0, rotary, 2, device=device, dtype=torch.float64)
+    frequency = ROPE_BASE ** (-steps / rotary)
+    angle = torch.arange(TABLE_ROWS, device=device)[:, None] * frequency
+    return torch.cat((angle.cos(), angle.sin()), dim=-1).float()
+
+
+def chain(case: Case, device: str) -> chains.Chain:
+    """The module of a case, its weights the same in every run."""
+    entry = RECIPES[case.recipe]
+    table = rope_table(case.shape.rotary, device) if entry.looks_up else None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = entry.chains[case.layout](case.shape, table)
+    return module.to(device).eval()
+
+
+def draw(case: Case, device: str, seed: int) -> Inputs:
+    """Arguments of one call, fresh for each seed."""
+    generator = torch.Generator(device).manual_seed(seed)
+    return RECIPES[case.recipe].draw(case, device, generator)
