@@ -18,9 +18,6 @@ Size = Any
 
 MAX_PASSES = 2
 
-# Up to this many tokens strides are constants of the kernel.
-FEW = 64
-
 
 @dataclasses.dataclass(frozen=True)
 class Operand:
@@ -79,9 +76,9 @@ def plan(
     pointers, strides = _pointers(operands), _strides(record, operands)
     arguments = pointers | _scalars(record, operands, eps)
     numbers = [n for part in strides.values() for n in part]
-    if tokens <= FEW and all(isinstance(n, int) for n in numbers):
+    if all(isinstance(n, int) for n in numbers):
         constants["STRIDES"] = tuple(numbers)
-        return Launch("norm_rope_store_few", arguments, constants, grid, tile.warps)
+        return Launch("norm_rope_store_static", arguments, constants, grid, tile.warps)
     named = {
         f"stride_{prefix}{axis}": n
         for prefix, part in strides.items()
@@ -154,8 +151,12 @@ def _strides(record: Record, operands: Mapping[str, Operand | None]) -> dict[str
         operand = operands.get(name)
         return read(operand) if operand else None
 
+    def row_strides(o: Operand) -> tuple[Size, ...]:
+        # Of one batch row the stride says nothing but how many tokens there are.
+        return (*o.steps(1), *o.strides[1:])
+
     def cache_strides(o: Operand) -> tuple[Size, ...]:
-        b, first, second, d = o.strides
+        b, first, second, d = row_strides(o)
         heads_first = record.store is None or record.store.heads_first
         return (b, first, second, d) if heads_first else (b, second, first, d)
 
@@ -163,9 +164,9 @@ def _strides(record: Record, operands: Mapping[str, Operand | None]) -> dict[str
         return (*o.steps(2), o.strides[2])
 
     found = {
-        "q": of("q", lambda o: o.strides),
-        "k": of("k", lambda o: o.strides),
-        "v": of("v", lambda o: o.strides),
+        "q": of("q", row_strides),
+        "k": of("k", row_strides),
+        "v": of("v", row_strides),
         "qs": of("q_scale", lambda o: o.steps(3)),
         "ks": of("k_scale", lambda o: o.steps(3)),
         "cos": of("cos", table_strides),
