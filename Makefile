@@ -5,6 +5,7 @@ BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
 JOBS   ?= 2
 SWEEP  := build/sweep.json
+RECIPE ?= prelude
 
 .PHONY: demo test test-long lint bench sweep clean
 
@@ -22,8 +23,9 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# prelude, diffusion, rope_store, packed or e2e.
 bench: $(READY)
-	$(BIN)/python benchmarks/qwen3_generate.py
+	$(BIN)/fxfuse bench $(RECIPE)
 
 # Every rotary model of transformers and diffusers; an hour. What $(SWEEP) holds is not run again.
 sweep: $(READY)

@@ -8,6 +8,7 @@ written; all others must keep what they held.
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -86,8 +87,10 @@ def _compare(
         return float("nan"), "an argument was changed"
     if [x.shape for x in got] != [x.shape for x in wanted]:
         return float("nan"), f"shapes {[tuple(x.shape) for x in got]}"
-    error = max(_relative(x, y) for x, y in zip(got, wanted, strict=True))
-    return error, None if error == error else "NaN: not all was written"
+    errors = [_relative(x, y) for x, y in zip(got, wanted, strict=True)]
+    if any(map(math.isnan, errors)):
+        return float("nan"), "NaN: not all was written"
+    return max(errors), None
 
 
 def _relative(got: Tensor, want: Tensor) -> float:

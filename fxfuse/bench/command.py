@@ -1,14 +1,20 @@
 """The subcommand `fxfuse bench`: its arguments, and the loop over rows."""
 
 import argparse
-import importlib.util
-import sys
 import time
 from pathlib import Path
 
-import torch
-
-from fxfuse.bench import measure, opponents, plot, recipes, rows, show, timing
+from fxfuse.bench import (
+    arguments,
+    measure,
+    opponents,
+    plot,
+    recipes,
+    rows,
+    show,
+    timing,
+    whole_command,
+)
 
 EPILOG = """examples:
   fxfuse bench prelude --json prelude.json --plot prelude.png
@@ -31,38 +37,20 @@ def add_arguments(subcommands: "argparse._SubParsersAction[argparse.ArgumentPars
         one = names.add_parser(name, help=words, description=words)
         layouts = list(recipe.chains)
         one.add_argument("--layout", choices=layouts, default=layouts[0])
-        one.add_argument("--tokens", type=_positive, nargs="+", metavar="T")
+        one.add_argument("--tokens", type=arguments.positive, nargs="+", metavar="T")
         one.add_argument("--only", default="", metavar="NAME", help="a part of a shape's name")
         one.add_argument("--opponents", nargs="+", choices=list(opponents.OPPONENTS))
-        one.add_argument("--device", choices=["cuda", "cpu"], default=None)
-        one.add_argument("--rounds", type=_positive, default=20, help="samples of each figure")
-        one.add_argument("--shard", type=_shard, default=(0, 1), metavar="I/N")
-        one.add_argument(
-            "--compile-only", action="store_true", help="fill Inductor's caches on disk, no more"
-        )
-        one.add_argument("--json", type=Path, metavar="FILE")
+        arguments.add_shared(one, rounds=20)
         one.add_argument("--plot", type=Path, metavar="FILE")
         one.set_defaults(run=run)
-
-
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no positive whole number")
-    return int(text)
-
-
-def _shard(text: str) -> tuple[int, int]:
-    i, _, n = text.partition("/")
-    if not (i.isdigit() and n.isdigit() and int(i) < int(n)):
-        raise argparse.ArgumentTypeError(f"{text!r} is no shard, wanted I/N with I < N, as 0/4")
-    return int(i), int(n)
+    whole_command.add_arguments(names)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run one recipe; 1 where some opponent was wrong or failed."""
-    device = device_of(args.device)
+    device = arguments.device_of(args.device)
     if args.plot:
-        need("matplotlib", "--plot")
+        arguments.need("matplotlib", "--plot")
     chosen = opponents.choose(args.opponents, args.recipe, device)
     i, n = args.shard
     cases = recipes.cases(args.recipe, device, args.tokens, args.only, args.layout)
@@ -89,16 +77,3 @@ def run(args: argparse.Namespace) -> int:
     if args.plot:
         plot.write(found, args.plot)
     return int(any(figure.wrong for row in found.rows for figure in row.figures.values()))
-
-
-def device_of(name: str | None) -> str:
-    """The device asked for, or the GPU if there is one."""
-    if name == "cuda" and not torch.cuda.is_available():
-        sys.exit("fxfuse bench: --device cuda, but torch sees no GPU")
-    return name or ("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def need(package: str, what: str) -> None:
-    """Exit with what to install where a package is missing."""
-    if importlib.util.find_spec(package) is None:
-        sys.exit(f"fxfuse bench: {what} needs {package}: pip install {package}")

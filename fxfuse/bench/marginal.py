@@ -42,7 +42,7 @@ def cost(
     pairs = list(zip(sets, weights, strict=True))
     count = CALLS // len(sets) * len(sets)
     whole = timing.sampler(
-        "cuda", [functools.partial(with_prelude, s, *w) for s, w in pairs], count
+        device, [functools.partial(with_prelude, s, *w) for s, w in pairs], count
     )
     rest = timing.sampler(device, [functools.partial(without, *w) for w in weights], count)
     return timing.interleaved({"": lambda: whole() - rest()}, rounds)[""]

@@ -78,14 +78,14 @@ def _draw_prelude(case: Case, device: str, generator: torch.Generator) -> Inputs
     repeats = 2 if shape.rotation == "half" else 1
     angle = torch.randn(1, t, shape.rotary // 2, generator=generator, device=device)
     angle = angle.repeat(1, 1, repeats)
-    packed = draw(1, t, sum(shape.widths()))
-    qkv = (packed,) if case.layout == "packed" else torch.split(packed, shape.widths(), -1)
+    widths = [sum(shape.widths())] if case.layout == "packed" else shape.widths()
     slot_count = max(1024, t + 64)
     start = (slot_count - t) // 2
     slots = torch.arange(start, start + t, device=device)
     caches = tuple(draw(1, shape.kv_heads, slot_count, shape.head_dim) for _ in range(2))
-    args = (*(x.contiguous() for x in qkv), angle.cos().bfloat16(), angle.sin().bfloat16(), slots)
-    return Inputs((*args, *caches), caches, slots, axis=2)
+    args = (*(draw(1, t, width) for width in widths), angle.cos().bfloat16())
+    args = (*args, angle.sin().bfloat16(), slots, *caches)
+    return Inputs(args, caches, slots, axis=2)
 
 
 def _draw_norm_rope(case: Case, device: str, generator: torch.Generator) -> Inputs:

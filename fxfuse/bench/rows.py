@@ -101,7 +101,7 @@ class Results:
 
     device: str
     copy_bytes_per_us: float
-    smallest_kernel_us: float
+    smallest_kernel_us: float | None
     rows: list[Row]
     versions: dict[str, str]
     date: str
@@ -141,7 +141,7 @@ def _row(data: dict[str, Any]) -> Row:
     return Row(**data | {"figures": figures, "fusion": fusion})
 
 
-def started(device: str, copy_speed: float, smallest_us: float) -> Results:
+def started(device: str, copy_speed: float, smallest_us: float | None = None) -> Results:
     """Results without rows yet."""
     name = torch.cuda.get_device_name() if device == "cuda" else _cpu_name()
     versions = {"fxfuse": fxfuse.__version__, "torch": torch.__version__}

@@ -91,9 +91,9 @@ def results(found: Results) -> None:
 
 
 def head(found: Results) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in found.versions.items())
-    copy = found.copy_bytes_per_us / 1e6
-    return (
-        f"{found.device}, {versions}, copy {copy:.2f} TB/s,"
-        f" smallest kernel {found.smallest_kernel_us:.2f} µs"
-    )
+    """Where the figures come from, in a line."""
+    told = [found.device, *(f"{name} {version}" for name, version in found.versions.items())]
+    told.append(f"copy {found.copy_bytes_per_us / 1e6:.3g} TB/s")
+    if found.smallest_kernel_us is not None:
+        told.append(f"smallest kernel {found.smallest_kernel_us:.2f} µs")
+    return ", ".join(told)

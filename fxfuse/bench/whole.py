@@ -1,0 +1,237 @@
+"""Whole models, stock Inductor beside fxfuse: decode and prefill with a static cache, and one
+denoise step.
+
+In comes a model, out comes a Whole for each backend: the error against eager, what was fused, then
+ms, kernels and compile seconds. Prefill and decode are compiled apart, each at its own shape.
+"""
+
+import dataclasses
+import functools
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+import fxfuse
+from fxfuse.bench import models, timing
+from fxfuse.bench.models import Model
+from fxfuse.bench.timing import Spread
+
+PROMPT, WARM_UP = 16, 6
+# bfloat16 through many layers; garbage is near 1.4.
+LARGEST = 0.1
+PHASES = ("decode", "prefill")
+BACKENDS: dict[str, Any] = {"inductor": "inductor", "fxfuse": fxfuse.backend}
+
+
+# Backends by batch, and who is told of each row.
+Plan = dict[int, list[str]]
+
+
+@dataclasses.dataclass
+class Whole:
+    """One phase of one model under one backend.
+
+    error       logits against eager's, relative
+    sites       fused attention sites, and of these the ones with their store
+    ms          one step at a time, the host waiting for each, as when tokens are streamed
+    queued_ms   the same steps queued without waiting
+    """
+
+    model: str
+    phase: str
+    batch: int
+    backend: str
+    layers: int
+    error: float = 0.0
+    wrong: str | None = None
+    sites: int = 0
+    stores: int = 0
+    ms: Spread | None = None
+    queued_ms: Spread | None = None
+    kernels: int | None = None
+    compile_s: float = 0.0
+
+
+Told = Callable[[Whole], None]
+
+
+class Decoder:
+    """Greedy decoding by hand over one static cache."""
+
+    def __init__(self, eager: Any, batch: int, slots: int, device: str) -> None:
+        transformers = import_module("transformers")
+        self.eager, self.model = eager, eager
+        self.cache: Any = transformers.StaticCache(config=eager.config, max_cache_len=slots)
+        self.token = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+
+    def prompt(self, tokens: int) -> Tensor:
+        """The same random tokens in every run."""
+        generator = torch.Generator(self.token.device).manual_seed(1)
+        size, vocabulary = (len(self.token), tokens), self.eager.config.vocab_size
+        return torch.randint(vocabulary, size, generator=generator, device=self.token.device)
+
+    def start(self) -> None:
+        """An eager prompt: the same state for every backend."""
+        self.cache.reset()
+        self.token.copy_(self.logits(self.eager, self.prompt(PROMPT)).argmax(-1))
+
+    def step(self) -> None:
+        self.token.copy_(self.logits(self.model, self.token).argmax(-1))
+
+    def logits(self, model: Any, ids: Tensor) -> Tensor:
+        """The last token's, [B, 1, vocabulary]."""
+        out = model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        logits: Tensor = out.logits
+        return logits
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """What is checked once, and timed many times.
+
+    prepare   before a check, and before each sample where `single`
+    result    what is compared with eager
+    step      what is timed
+    """
+
+    prepare: Callable[[], Any]
+    result: Callable[[Any], Tensor]
+    step: Callable[[], Any]
+    single: bool
+
+
+def _phases(decoder: Decoder, tokens: int) -> dict[str, Phase]:
+    prompt = decoder.prompt(tokens)
+    return {
+        "decode": Phase(
+            decoder.start,
+            lambda model: decoder.logits(model, decoder.token).clone(),
+            decoder.step,
+            single=False,
+        ),
+        "prefill": Phase(
+            decoder.cache.reset,
+            lambda model: decoder.logits(model, prompt).clone(),
+            lambda: decoder.logits(decoder.model, prompt),
+            single=True,
+        ),
+    }
+
+
+@torch.no_grad()
+def measure(model: Model, plan: Plan, args: Any, device: str, told: Told) -> None:
+    """Every batch, phase and backend of one text model."""
+    eager = models.made(model, device, args.layers)
+    for batch, backends in plan.items():
+        decoder = Decoder(eager, batch, args.slots, device)
+        decoder.start()
+        phases = _phases(decoder, args.prefill)
+        for name in args.phases:
+            phase = phases[name]
+            phase.prepare()
+            wanted = phase.result(eager)
+            for backend in backends:
+                row = Whole(model.name, name, batch, backend, eager.config.num_hidden_layers)
+                decoder.model = _compiled(eager, backend, args.mode)
+                told(_filled(row, phase, decoder.model, wanted, args, device))
+
+
+@torch.no_grad()
+def denoise(plan: Plan, args: Any, device: str, told: Told) -> None:
+    """One step of Flux's transformer under each backend."""
+    eager, arguments, depth = models.flux(device, args.layers)
+    for batch, backends in plan.items():
+        given = arguments(batch)
+
+        def result(model: Any, given: Any = given) -> Tensor:
+            out: Tensor = model(**given, return_dict=False)[0]
+            return out.clone()
+
+        wanted = result(eager)
+        for backend in backends:
+            row = Whole("Flux", "denoise", batch, backend, depth)
+            compiled = _compiled(eager, backend, args.mode)
+            phase = Phase(lambda: None, result, functools.partial(result, compiled), single=False)
+            told(_filled(row, phase, compiled, wanted, args, device))
+
+
+def _compiled(eager: Any, backend: str, mode: str) -> Any:
+    torch.compiler.reset()
+    return torch.compile(eager, backend=BACKENDS[backend], mode=None if mode == "default" else mode)
+
+
+def _filled(
+    row: Whole, phase: Phase, compiled: Any, wanted: Tensor, args: Any, device: str
+) -> Whole:
+    """Compile by a first call, compare with eager, note what was fused; time what is right."""
+    before = fxfuse.counts()
+    phase.prepare()
+    start = time.perf_counter()
+    try:
+        got = phase.result(compiled)
+        _wait(device)
+        row.compile_s = time.perf_counter() - start
+        row.error = float((got.double() - wanted.double()).norm() / wanted.double().norm())
+        after = fxfuse.counts()
+        row.sites, row.stores = (after[key] - before[key] for key in ("attention", "store"))
+        if not row.error <= LARGEST:
+            row.wrong = f"error {row.error:.2e} against eager"
+        elif not args.compile_only:
+            _time(row, phase, args.rounds, device)
+    except Exception as problem:
+        row.wrong = f"{type(problem).__name__}: {str(problem)[:300]}"
+    return row
+
+
+def _time(row: Whole, phase: Phase, rounds: int, device: str) -> None:
+    before = phase.prepare if phase.single else lambda: None
+    for _ in range(WARM_UP):
+        before()
+        phase.step()
+    before()
+    row.kernels = _kernels(phase.step, device)
+    row.ms = timing.spread([_one(before, phase.step, device) for _ in range(rounds)])
+    if device == "cuda" and not phase.single:
+        row.queued_ms = timing.spread(_queued(phase.step, rounds))
+
+
+def _one(before: Callable[[], Any], step: Callable[[], Any], device: str) -> float:
+    before()
+    _wait(device)
+    start = time.perf_counter()
+    step()
+    _wait(device)
+    return 1e3 * (time.perf_counter() - start)
+
+
+def _queued(step: Callable[[], Any], rounds: int) -> Sequence[float]:
+    """ms between events after each of many steps that nobody waits for."""
+    marks = [timing.cuda.Event(enable_timing=True) for _ in range(rounds + 1)]
+    for mark in marks:
+        step()
+        mark.record()
+    torch.cuda.synchronize()
+    return [float(a.elapsed_time(b)) for a, b in itertools.pairwise(marks)]
+
+
+def _kernels(step: Callable[[], Any], device: str) -> int | None:
+    """Kernels of one step, copies and fills not counted; None without a GPU."""
+    _wait(device)
+    if device != "cuda":
+        return None
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as trace:
+        step()
+        torch.cuda.synchronize()
+    names = [e.name for e in trace.events() or () if e.device_type.name == "CUDA"]
+    return sum(not name.startswith(("Memcpy", "Memset")) for name in names)
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()

@@ -1,0 +1,190 @@
+"""fxfuse bench: what it times is what it says, and nothing wrong is timed."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fxfuse
+from fxfuse import cli
+from fxfuse.bench import check, measure, opponents, plot, recipes, rows, timing
+from fxfuse.bench.chains import Chain
+from fxfuse.bench.opponents import Opponent
+from fxfuse.bench.recipes import Case
+
+T = 5
+# The store of rows without a batch axis stays the model's.
+WHOLE = [(name, layout) for name in recipes.RECIPES for layout in recipes.RECIPES[name].chains]
+WHOLE.remove(("rope_store", "flat"))
+
+
+def small(recipe: str, layout: str | None = None, tokens: int = T) -> Case:
+    """The first case of a recipe with few heads."""
+    case = recipes.cases(recipe, "cpu", [tokens], layout=layout)[0]
+    group = 4 if case.shape.heads == case.shape.kv_heads else 2
+    shape = dataclasses.replace(case.shape, heads=4, kv_heads=group)
+    return dataclasses.replace(case, shape=shape)
+
+
+def run_of(build: Any) -> Opponent:
+    return Opponent("other", build, ("cpu",))
+
+
+@pytest.fixture
+def few_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recipes, "TABLE_ROWS", 64)
+    recipes.rope_table.cache_clear()
+
+
+@pytest.mark.null
+@pytest.mark.parametrize(("name", "layout"), WHOLE)
+def test_every_chain_fuses_whole(name: str, layout: str, few_positions: None) -> None:
+    for case in recipes.cases(name, "cpu", [T], layout=layout):
+        torch._dynamo.reset()
+        arguments = recipes.draw(case, "cpu", 0).args
+        with torch.no_grad():
+            report = fxfuse.explain(recipes.chain(case, "cpu"), *arguments, compiler="eager")
+        assert [" + ".join(site.stages) for site in report.fused] == [case.stages], report
+        assert not report.refused
+
+
+@pytest.mark.null
+@torch.no_grad()
+def test_truth_is_float64_and_eager_is_near_it(few_positions: None) -> None:
+    case = small("prelude", tokens=64)
+    chain = recipes.chain(case, "cpu")
+    wanted = check.truth(chain, recipes.draw(case, "cpu", 0))
+    assert {x.dtype for x in wanted.outputs} == {torch.float64}
+    # bfloat16 keeps 8 bits; eager rounds a handful of times.
+    assert 2**-10 < wanted.eager_error < 2**-7
+
+
+def doubled(chain: Chain) -> Any:
+    return lambda *args: 2 * chain(*args)
+
+
+def careless(chain: Chain) -> Any:
+    def run(*args: Tensor) -> Tensor:
+        args[-1][:, :, 0] = 0.0
+        return chain(*args)
+
+    return run
+
+
+def forgetful(chain: Chain) -> Any:
+    return lambda *args: chain(*args[:-1], args[-1].clone())
+
+
+def overwriting(chain: Chain) -> Any:
+    def run(*args: Tensor) -> Tensor:
+        out: Tensor = chain(*args)
+        args[0].zero_()
+        return out
+
+    return run
+
+
+def failing(chain: Chain) -> Any:
+    raise ImportError("no such kernel")
+
+
+@pytest.mark.null
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (doubled, "eager's is"),
+        (careless, "outside its slots"),
+        (forgetful, "not all was written"),
+        (overwriting, "an argument was changed"),
+        (failing, "ImportError: no such kernel"),
+    ],
+)
+def test_what_is_wrong_is_not_timed(make: Any, reason: str) -> None:
+    opponent = run_of(lambda case, chain: make(chain))
+    row = measure.measure(small("prelude"), "cpu", [opponent], 1, 1e3)
+    figure = row.figures["other"]
+    assert figure.us is None and reason in (figure.wrong or "")
+
+
+@pytest.mark.null
+def test_what_is_right_is_timed() -> None:
+    row = measure.measure(small("prelude"), "cpu", [run_of(lambda case, chain: chain)], 2, 1e3)
+    figure = row.figures["other"]
+    assert figure.wrong is None and figure.error == row.eager_error
+    assert figure.us is not None and 0 < figure.us.p20 <= figure.us.median <= figure.us.p80
+
+
+@pytest.mark.null
+def test_moved_bytes_are_inputs_outputs_and_written_rows() -> None:
+    case = small("prelude")
+    d, heads = 128, 4 + 2 + 2
+    inputs = recipes.draw(case, "cpu", 0)
+    out = torch.empty(1, 4, T, d, dtype=torch.bfloat16)
+    tables, slots = 2 * 2 * T * d, 8 * T
+    assert inputs.moved_bytes((out,)) == 2 * 2 * T * d * heads + tables + slots
+
+
+@pytest.mark.cpu
+def test_results_survive_json_and_are_plotted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = small("prelude")
+    monkeypatch.setattr(recipes, "cases", lambda *_: [case])
+    monkeypatch.setattr(timing, "copy_bytes_per_us", lambda _: 1e4)
+    target = tmp_path / "rows.json"
+    asked = ["bench", "prelude", "--device", "cpu", "--rounds", "2", "--json", str(target)]
+    assert cli.main(asked) == 0
+    found = rows.read_results(target)
+    (row,) = found.rows
+    assert row.fusion is not None and row.fusion.whole and row.fusion.providers == ["loops"]
+    assert set(row.figures) == {"inductor", "fxfuse"} and row.best() == "inductor"
+    ratio = row.derived(found.copy_bytes_per_us)["against_default"]
+    assert found.means()["against_default"] == pytest.approx(ratio)
+    assert "Qwen3-8B" in capsys.readouterr().out
+    again = tmp_path / "again.json"
+    found.write(again)
+    assert again.read_text() == target.read_text()
+    if importlib.util.find_spec("matplotlib") is not None:
+        plot.write(found, tmp_path / "rows.png")
+        assert (tmp_path / "rows.png").stat().st_size > 0
+
+
+@pytest.mark.null
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        [],
+        ["bench"],
+        ["bench", "sorting"],
+        ["bench", "prelude", "--tokens", "0"],
+        ["bench", "prelude", "--layout", "flat"],
+        ["bench", "prelude", "--opponents", "nobody"],
+        ["bench", "prelude", "--shard", "2/2"],
+        ["bench", "e2e", "--models", "GPT-1"],
+    ],
+)
+def test_wrong_arguments_are_errors(wrong: list[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        cli.main(wrong)
+    assert error.value.code == 2
+
+
+@pytest.mark.null
+def test_an_opponent_that_is_asked_for_and_absent_is_named() -> None:
+    with pytest.raises(SystemExit, match="opponent vllm: "):
+        opponents.choose(["vllm"], "prelude", "cpu")
+
+
+@pytest.mark.null
+def test_shards_are_all_rows_once() -> None:
+    cases = recipes.cases("prelude", "cuda", None)
+    assert len(cases) == 20
+    assert sorted(c.tokens for i in range(3) for c in cases[i::3]) == sorted(
+        c.tokens for c in cases
+    )
