@@ -44,10 +44,12 @@ def measure(
     row.carried_us = case.shape.carried.get(case.tokens) if device == "cuda" else None
     runs: dict[str, Run] = {}
     for opponent in opponents:
+        before = fxfuse.last_report()
         run, figure = _checked(opponent, case, chain, fresh, wanted)
         row.figures[opponent.name] = figure
-        if opponent.name == "fxfuse":
-            row.fusion = fusion(case)
+        report = fxfuse.last_report()
+        if report is not None and report is not before:
+            row.fusion = fusion(case, report)
         if run is not None:
             runs[opponent.name] = run
     del wanted, returned, outputs
@@ -70,10 +72,8 @@ def _checked(
     return (None if wrong else run), figure
 
 
-def fusion(case: Case) -> Fusion:
-    """What the last report says of the chain just compiled."""
-    report = fxfuse.last_report()
-    assert report is not None
+def fusion(case: Case, report: fxfuse.Report) -> Fusion:
+    """What a report says of the case's chain."""
     stages = [" + ".join(site.stages) for site in report.fused]
     providers = sorted({site.provider for site in report.fused})
     return Fusion(stages == [case.stages], stages, providers, [str(r) for r in report.refused])

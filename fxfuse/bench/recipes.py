@@ -159,15 +159,15 @@ CPU_TOKENS = (1, 64, 1024)
 def cases(
     recipe: str, device: str, tokens: list[int] | None, only: str = "", layout: str | None = None
 ) -> list[Case]:
-    """The rows of a recipe; `only` is a part of a shape's name."""
+    """The rows of a recipe; `only` is a part of a shape's name. On a CPU fewer tokens are usual."""
     entry = RECIPES[recipe]
-    usual = entry.tokens if device == "cuda" else CPU_TOKENS
     layout = layout or next(iter(entry.chains))
     found = []
     for shape in entry.shapes:
         if only.lower() not in shape.name.lower():
             continue
-        for t in tokens or shape.tokens or usual:
+        usual = (shape.tokens or entry.tokens) if device == "cuda" else CPU_TOKENS
+        for t in tokens or usual:
             found.append(Case(recipe, shape, t, layout, _stages(shape, entry)))
     return found
 
