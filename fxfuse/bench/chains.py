@@ -149,22 +149,10 @@ class PackedNormRope(Chain):
         return self.rotated(q, cos, sin), self.rotated(k, cos, sin)
 
 
-class RopeStore(Chain):
-    """RoPE by position of q, k [T, heads, D] and the store of k, v in flat caches [S, G, D]."""
-
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, slots: Tensor,
-        k_cache: Tensor, v_cache: Tensor,
-    ) -> Tensor:  # fmt: skip
-        cos, sin = self.looked_up(positions)
-        q, k = self.rotated(q, cos, sin), self.rotated(k, cos, sin)
-        k_cache.index_put_((slots,), k)
-        v_cache.index_put_((slots,), v)
-        return q
-
-
 class BatchedRopeStore(Chain):
-    """The same with a batch axis of one, as transformers' paged cache writes it."""
+    """RoPE by position of q, k [1, T, heads, D] and the store of k, v in flat caches [S, G, D], as
+    transformers' paged cache writes it.
+    """
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, slots: Tensor,
@@ -174,4 +162,18 @@ class BatchedRopeStore(Chain):
         q, k = self.rotated(q, cos, sin), self.rotated(k, cos, sin)
         k_cache.index_copy_(0, slots, k.squeeze(0))
         v_cache.index_copy_(0, slots, v.squeeze(0))
+        return q
+
+
+class RopeStore(Chain):
+    """The same without a batch axis: q, k, v [T, heads, D]."""
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, slots: Tensor,
+        k_cache: Tensor, v_cache: Tensor,
+    ) -> Tensor:  # fmt: skip
+        cos, sin = self.looked_up(positions)
+        q, k = self.rotated(q, cos, sin), self.rotated(k, cos, sin)
+        k_cache.index_put_((slots,), k)
+        v_cache.index_put_((slots,), v)
         return q
