@@ -11,7 +11,7 @@ from fxfuse.bench import check, marginal, recipes, timing
 from fxfuse.bench.chains import Chain
 from fxfuse.bench.opponents import Opponent, Run
 from fxfuse.bench.recipes import Case, Inputs
-from fxfuse.bench.rows import Figure, Fusion, Row
+from fxfuse.bench.rows import Figure, Fusion, Row, told
 
 # Seeds of the buffers that are timed count from 0.
 CHECK_SEED = 100_003
@@ -67,7 +67,7 @@ def _checked(
         run = opponent.build(case, chain)
         error, wrong = check.check(run, fresh, wanted, in_place=opponent.in_place)
     except Exception as problem:
-        return None, Figure(wrong=f"{type(problem).__name__}: {str(problem)[:200]}")
+        return None, Figure(wrong=told(problem))
     figure = Figure(error, wrong, compile_s=time.perf_counter() - start)
     return (None if wrong else run), figure
 
@@ -92,7 +92,7 @@ def _time(
             calls = [functools.partial(run, *s.args) for s in sets]
             samplers[name] = timing.sampler(device, calls, count)
         except RuntimeError as problem:
-            row.figures[name].wrong = f"not captured: {str(problem)[:200]}"
+            row.figures[name].wrong = f"not captured: {told(problem)}"
     samplers[""] = timing.copy_sampler(device, row.moved_bytes, row.buffers, count)
     times = timing.interleaved(samplers, rounds)
     row.copy_us = times.pop("").median

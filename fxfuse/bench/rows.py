@@ -18,6 +18,11 @@ from fxfuse.bench.shapes import CARRIED_COPY
 from fxfuse.bench.timing import Spread
 
 
+def told(problem: Exception) -> str:
+    """An error in one line."""
+    return f"{type(problem).__name__}: {' '.join(str(problem).split())[:200]}"
+
+
 @dataclasses.dataclass
 class Figure:
     """One opponent on one row; what is wrong is not timed.
@@ -118,8 +123,8 @@ class Results:
 
     def write(self, path: Path) -> None:
         data = dataclasses.asdict(self)
-        for row, told in zip(self.rows, data["rows"], strict=True):
-            told["derived"] = row.derived(self.copy_bytes_per_us)
+        for row, line in zip(self.rows, data["rows"], strict=True):
+            line["derived"] = row.derived(self.copy_bytes_per_us)
         data["geometric_means"] = self.means()
         path.write_text(json.dumps(data, indent=1) + "\n")
 

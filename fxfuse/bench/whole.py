@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import fxfuse
-from fxfuse.bench import models, timing
+from fxfuse.bench import models, rows, timing
 from fxfuse.bench.models import Model
 from fxfuse.bench.timing import Spread
 
@@ -185,7 +185,7 @@ def _filled(
         elif not args.compile_only:
             _time(row, phase, args.rounds, device)
     except Exception as problem:
-        row.wrong = f"{type(problem).__name__}: {str(problem)[:300]}"
+        row.wrong = rows.told(problem)
     return row
 
 
