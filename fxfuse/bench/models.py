@@ -177,4 +177,4 @@ def flux(device: str, layers: int | None) -> tuple[Any, Callable[[int], dict[str
             "guidance": torch.full((batch,), 3.5, device=device).bfloat16(),
         }
 
-    return spread(model.requires_grad_(False).eval()), arguments, 3 * depth
+    return model.requires_grad_(False).eval(), arguments, 3 * depth
