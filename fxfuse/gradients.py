@@ -1,7 +1,7 @@
 """Gradients of fxfuse::norm_rope, written out: what the op saves and how it goes back.
 
 In come the raw inputs and the gradients of both results; out come the gradients of q, k,
-weights and row scales. Statistics and rotations are recomputed from the raw rows alone.
+weights, biases and row scales. Statistics and rotations are recomputed from the raw rows alone.
 """
 
 import dataclasses
@@ -11,10 +11,14 @@ import torch
 from torch import Tensor
 
 from fxfuse import reference
+from fxfuse.patterns.norms import NORM_KINDS
 from fxfuse.patterns.record import Norm, Pair, Pass, Record, Rotation, Stream
 
 # The op's arguments that are tensors, in order; then q_eps, k_eps, record.
-TENSORS = ("q", "k", "q_weight", "k_weight", "q_scale", "k_scale", "cos", "sin")
+TENSORS = (
+    *("q", "k", "q_weight", "k_weight", "q_bias", "k_bias", "q_scale", "k_scale"),
+    *("cos", "sin"),
+)
 
 
 def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -30,14 +34,21 @@ def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> No
 
 
 def backward(ctx: Any, q_grad: Tensor, k_grad: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, q_weight, k_weight, q_scale, k_scale, cos, sin = ctx.saved_tensors
+    saved = dict(zip(TENSORS, ctx.saved_tensors, strict=True))
     record: Record = ctx.record
-    tables = (cos, sin)
-    dq, dq_weight, dq_scale = row(q_grad, q, record.q, q_weight, q_scale, tables, ctx.eps[0])
-    dk = dk_weight = dk_scale = None
-    if k is not None and record.k is not None and record.k.keep:
-        dk, dk_weight, dk_scale = row(k_grad, k, record.k, k_weight, k_scale, tables, ctx.eps[1])
-    return dq, dk, dq_weight, dk_weight, dq_scale, dk_scale, None, None, None, None, None
+    grads: dict[str, Tensor | None] = {}
+    for name, grad, stream, eps in (
+        ("q", q_grad, record.q, ctx.eps[0]),
+        ("k", k_grad, record.k, ctx.eps[1]),
+    ):
+        x = saved[name]
+        if x is None or stream is None or not stream.keep:
+            continue
+        names = (name, f"{name}_weight", f"{name}_bias", f"{name}_scale")
+        weight, bias, scale = (saved[n] for n in names[1:])
+        found = row(grad, x, stream, weight, bias, scale, (saved["cos"], saved["sin"]), eps)
+        grads |= dict(zip(names, found, strict=True))
+    return *(grads.get(name) for name in TENSORS), None, None, None
 
 
 def row(
@@ -45,11 +56,13 @@ def row(
     x: Tensor,
     stream: Stream,
     weight: Tensor | None,
+    bias: Tensor | None,
     scale: Tensor | None,
     tables: tuple[Tensor | None, Tensor | None],
     eps: float,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of one stream's x, weight and row scale; the stages of `reference.row` backwards.
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of one stream's x, weight, bias and row scale; the stages of `reference.row` in
+    reverse.
 
     Shapes: grad, x [B, T, H, D]. Rounding: as the op, float32 or float64 inside, one at the end.
     """
@@ -61,17 +74,23 @@ def row(
     scale_grad = None
     if stream.has_scale and scale is not None:
         plain = dataclasses.replace(stream, has_scale=False, scale=1.0, dtype=_name(work))
-        y = reference.row(wide, plain, weight, None, *tables, eps)
+        y = reference.row(wide, plain, weight, bias, None, *tables, eps)
         scale_grad = _summed((g * y).sum(-1), scale)
         g = g * scale.to(work).unsqueeze(-1)
-    weight_grad = None
+    weight_grad = bias_grad = None
     if norm is not None and norm.when == "after":
         turned = rotated(wide, stream, *tables)
+        bias_grad = _bias_grad(g, bias)
         g, weight_grad = _norm_backward(g, turned, norm, weight, eps)
     g = rotated(g, back, *tables)
     if norm is not None and norm.when == "before":
+        bias_grad = _bias_grad(g, bias)
         g, weight_grad = _norm_backward(g, wide, norm, weight, eps)
-    return g.to(x.dtype), weight_grad, scale_grad
+    return g.to(x.dtype), weight_grad, bias_grad, scale_grad
+
+
+def _bias_grad(g: Tensor, bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else _summed(g, bias)
 
 
 def rotated(x: Tensor, stream: Stream, cos: Tensor | None, sin: Tensor | None) -> Tensor:
@@ -81,17 +100,29 @@ def rotated(x: Tensor, stream: Stream, cos: Tensor | None, sin: Tensor | None) -
 def _norm_backward(
     g: Tensor, x: Tensor, norm: Norm, weight: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor | None]:
-    """Through y = u * w, u = x * r, r = rsqrt(mean(x²) + eps): dx = r * (du - u * mean(du * u))."""
-    given = norm.over == "given"
-    r = None if given else torch.rsqrt((x * x).mean(-1, keepdim=True) + eps)
-    u = x if r is None else x * r
-    weight_grad = None
-    if norm.has_weight and weight is not None:
-        weight_grad = _summed(g * u, weight)
-        g = g * reference.offset_weight(weight.to(g.dtype), norm)
-    if r is None:
-        return g, weight_grad
-    return r * (g - u * (g * u).mean(-1, keepdim=True)), weight_grad
+    """Through y = u * w, u = x * r, r = factor(mean(x²)): dx = r * du + 2 * r' * x * mean(du * x);
+    where x is centred first, dx loses its mean.
+    """
+    if norm.over == "given":
+        return _weight_backward(g, x, norm, weight)
+    kind = NORM_KINDS[norm.kind]
+    if kind.slope is None:
+        raise NotImplementedError(f"fxfuse::norm_rope: no gradient for the norm kind {norm.kind}")
+    x = x - x.mean(-1, keepdim=True) if kind.centred else x
+    mean = (x * x).mean(-1, keepdim=True)
+    r = kind.factor(mean, eps)
+    g, weight_grad = _weight_backward(g, x * r, norm, weight)
+    g = r * g + 2 * kind.slope(mean, eps) * x * (g * x).mean(-1, keepdim=True)
+    return g - g.mean(-1, keepdim=True) if kind.centred else g, weight_grad
+
+
+def _weight_backward(
+    g: Tensor, u: Tensor, norm: Norm, weight: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Through y = u * w."""
+    if not norm.has_weight or weight is None:
+        return g, None
+    return g * reference.offset_weight(weight.to(g.dtype), norm), _summed(g * u, weight)
 
 
 def _summed(grad: Tensor, like: Tensor) -> Tensor:

@@ -15,14 +15,15 @@ from fxfuse import gradients, reference
 from fxfuse.patterns.record import Record, Stream
 
 NORM_ROPE = (
-    "norm_rope(Tensor q, Tensor? k, Tensor? q_weight, Tensor? k_weight, Tensor? q_scale, "
-    "Tensor? k_scale, Tensor? cos, Tensor? sin, float q_eps, float k_eps, str record) "
+    "norm_rope(Tensor q, Tensor? k, Tensor? q_weight, Tensor? k_weight, Tensor? q_bias, "
+    "Tensor? k_bias, Tensor? q_scale, Tensor? k_scale, Tensor? cos, Tensor? sin, float q_eps, "
+    "float k_eps, str record) "
     "-> (Tensor, Tensor)"
 )
 NORM_ROPE_STORE_ = (
     "norm_rope_store_(Tensor q, Tensor? k, Tensor? v, Tensor? q_weight, Tensor? k_weight, "
-    "Tensor? q_scale, Tensor? k_scale, Tensor? cos, Tensor? sin, Tensor slots, "
-    "Tensor(a!) k_cache, Tensor(b!)? v_cache, float q_eps, float k_eps, str record) "
+    "Tensor? q_bias, Tensor? k_bias, Tensor? q_scale, Tensor? k_scale, Tensor? cos, Tensor? sin, "
+    "Tensor slots, Tensor(a!) k_cache, Tensor(b!)? v_cache, float q_eps, float k_eps, str record) "
     "-> (Tensor, Tensor)"
 )
 
@@ -35,6 +36,8 @@ def norm_rope(
     k: Tensor | None,
     q_weight: Tensor | None,
     k_weight: Tensor | None,
+    q_bias: Tensor | None,
+    k_bias: Tensor | None,
     q_scale: Tensor | None,
     k_scale: Tensor | None,
     cos: Tensor | None,
@@ -43,20 +46,22 @@ def norm_rope(
     k_eps: float,
     record: str,
 ) -> tuple[Tensor, Tensor]:
-    """RMSNorm and RoPE of q and k: y = scale * row_scale * rope(x * rsqrt(mean(x²) + eps) * w).
+    """Norm and RoPE of q and k: y = scale * row_scale * rope(x * rsqrt(mean(x²) + eps) * w + b).
 
-    Shapes: q [B, T, H, D], k [B, T, G, D]; weights [D] or [H, D]; scales [B|1, T|1, H|1];
+    Shapes: q [B, T, H, D], k [B, T, G, D]; weights and biases [D] or [H, D];
+        scales [B|1, T|1, H|1];
         cos, sin [B|1, T|1, Rt], or [B|1, T|1, H|1, Rt] where the record's rotation is by head;
         results as q and k, [0] where k is absent or not kept.
     Layout: inputs any strides; results dense, [B, H, T, D] in memory where heads_first.
     Dtypes: any floating input; results as the record says.
     Rounding: float32 (float64 for float64 inputs) inside, one rounding at the end.
-    Mutates: nothing. Differentiable in q, k, weights and scales.
+    Mutates: nothing. Differentiable in q, k, weights, biases and scales.
     Errors: ValueError where shapes and record disagree, NotImplementedError for table gradients.
-    Source: RMSNorm arXiv:1910.07467, RoPE arXiv:2104.09864, in float32 as Inductor fuses them.
+    Source: RMSNorm arXiv:1910.07467, LayerNorm arXiv:1607.06450, RoPE arXiv:2104.09864; in float32
+        as Inductor fuses them.
     """
     result: tuple[Tensor, Tensor] = torch.ops.fxfuse.norm_rope(
-        q, k, q_weight, k_weight, q_scale, k_scale, cos, sin, q_eps, k_eps, record
+        q, k, q_weight, k_weight, q_bias, k_bias, q_scale, k_scale, cos, sin, q_eps, k_eps, record
     )
     return result
 
@@ -67,6 +72,8 @@ def norm_rope_store_(
     v: Tensor | None,
     q_weight: Tensor | None,
     k_weight: Tensor | None,
+    q_bias: Tensor | None,
+    k_bias: Tensor | None,
     q_scale: Tensor | None,
     k_scale: Tensor | None,
     cos: Tensor | None,
@@ -90,8 +97,8 @@ def norm_rope_store_(
     Source: transformers' StaticCache (index_copy_) and in-place index_put_ caches.
     """
     result: tuple[Tensor, Tensor] = torch.ops.fxfuse.norm_rope_store_(
-        q, k, v, q_weight, k_weight, q_scale, k_scale, cos, sin, slots, k_cache, v_cache,
-        q_eps, k_eps, record,
+        q, k, v, q_weight, k_weight, q_bias, k_bias, q_scale, k_scale, cos, sin,
+        slots, k_cache, v_cache, q_eps, k_eps, record,
     )  # fmt: skip
     return result
 

@@ -22,6 +22,8 @@ def norm_rope(
     k: Tensor | None,
     q_weight: Tensor | None,
     k_weight: Tensor | None,
+    q_bias: Tensor | None,
+    k_bias: Tensor | None,
     q_scale: Tensor | None,
     k_scale: Tensor | None,
     cos: Tensor | None,
@@ -31,10 +33,10 @@ def norm_rope(
     record: Record,
 ) -> tuple[Tensor, Tensor | None]:
     """q and k after their record: scale * row_scale * norm/rope(x), see `row`; None without k."""
-    q_row = row(q, record.q, q_weight, q_scale, cos, sin, q_eps)
+    q_row = row(q, record.q, q_weight, q_bias, q_scale, cos, sin, q_eps)
     if k is None or record.k is None:
         return q_row, None
-    return q_row, row(k, record.k, k_weight, k_scale, cos, sin, k_eps)
+    return q_row, row(k, record.k, k_weight, k_bias, k_scale, cos, sin, k_eps)
 
 
 def norm_rope_store_(
@@ -43,6 +45,8 @@ def norm_rope_store_(
     v: Tensor | None,
     q_weight: Tensor | None,
     k_weight: Tensor | None,
+    q_bias: Tensor | None,
+    k_bias: Tensor | None,
     q_scale: Tensor | None,
     k_scale: Tensor | None,
     cos: Tensor | None,
@@ -56,16 +60,16 @@ def norm_rope_store_(
 ) -> tuple[Tensor, Tensor | None]:
     """As `norm_rope`; then k_cache[b, slots[t]] = k[b, t], and v_cache from v the same way."""
     assert record.store is not None
-    q_row = row(q, record.q, q_weight, q_scale, cos, sin, q_eps)
+    q_row = row(q, record.q, q_weight, q_bias, q_scale, cos, sin, q_eps)
     k_row = None
     if k is not None and record.k is not None:
-        parts = row_parts(k, record.k, k_weight, k_scale, cos, sin, k_eps)
+        parts = row_parts(k, record.k, k_weight, k_bias, k_scale, cos, sin, k_eps)
         if record.k.keep:
             k_row = assembled(parts, record.k.channels, record.k.heads_first)
             parts = [(0, 1, k_row)]
         store_(k_cache, slots, parts, record.store.heads_first)
     if v is not None and v_cache is not None and record.v is not None:
-        v_parts = row_parts(v, record.v, None, None, cos, sin, 0.0)
+        v_parts = row_parts(v, record.v, None, None, None, cos, sin, 0.0)
         store_(v_cache, slots, v_parts, record.store.heads_first)
     return q_row, k_row
 
@@ -74,6 +78,7 @@ def row(
     x: Tensor,
     stream: Stream,
     weight: Tensor | None,
+    bias: Tensor | None,
     scale: Tensor | None,
     cos: Tensor | None,
     sin: Tensor | None,
@@ -81,10 +86,11 @@ def row(
 ) -> Tensor:
     """One stream: scale * row_scale * rope(norm(x)), or with the norm after the rotation.
 
-    Shapes: x [B, T, H, D]; weight [D] or [H, D]; scale [B|1, T|1, H|1]; cos, sin [B|1, T|1, Rt].
+    Shapes: x [B, T, H, D]; weight, bias [D] or [H, D]; scale [B|1, T|1, H|1];
+        cos, sin [B|1, T|1, Rt].
     Rounding: float64 throughout for a float64 x, else float32; once, at the end, to stream.dtype.
     """
-    parts = row_parts(x, stream, weight, scale, cos, sin, eps)
+    parts = row_parts(x, stream, weight, bias, scale, cos, sin, eps)
     return assembled(parts, stream.channels, stream.heads_first)
 
 
@@ -92,6 +98,7 @@ def row_parts(
     x: Tensor,
     stream: Stream,
     weight: Tensor | None,
+    bias: Tensor | None,
     scale: Tensor | None,
     cos: Tensor | None,
     sin: Tensor | None,
@@ -101,19 +108,26 @@ def row_parts(
     norm = stream.norm
     y = x.to(working_dtype(x))
     if norm and norm.when == "before":
-        y = normalise(y, norm, weight, eps)
+        y = normalise(y, norm, weight, bias, eps)
     parts = rotated(y, stream, cos, sin)
     if norm and norm.when == "after":
-        parts = [(0, 1, normalise(assembled(parts, stream.channels), norm, weight, eps))]
+        y = normalise(assembled(parts, stream.channels), norm, weight, bias, eps)
+        parts = [(0, 1, y)]
     return [(start, step, scaled(y, stream, scale)) for start, step, y in parts]
 
 
-def normalise(x: Tensor, norm: Norm, weight: Tensor | None, eps: float) -> Tensor:
-    """x * rsqrt(mean(x * x) + eps) * (weight + offset); no statistic where it is given."""
+def normalise(
+    x: Tensor, norm: Norm, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """x * factor(mean(x * x), eps) * (weight + offset) + bias; no statistic where it is given."""
     if norm.over == "head":
-        x = x * NORM_KINDS[norm.kind].factor((x * x).mean(-1, keepdim=True), eps)
+        kind = NORM_KINDS[norm.kind]
+        x = x - x.mean(-1, keepdim=True) if kind.centred else x
+        x = x * kind.factor((x * x).mean(-1, keepdim=True), eps)
     if norm.has_weight and weight is not None:
         x = x * offset_weight(weight.to(x.dtype), norm)
+    if norm.has_bias and bias is not None:
+        x = x + bias.to(x.dtype)
     return x
 
 

@@ -94,7 +94,7 @@ def stages_of(record: Record) -> tuple[str, ...]:
     norm = record.q.norm
     name = []
     if norm is not None:
-        over = "rms_norm" if norm.over == "head" else "weight"
+        over = f"{norm.kind}_norm" if norm.over == "head" else "weight"
         name = [f"{over}(1+w)" if norm.weight_offset else over]
     order = [*name, "rope"] if norm is None or norm.when == "before" else ["rope", *name]
     stored = [n for n, s in (("k", record.k), ("v", record.v)) if s is not None]

@@ -74,6 +74,8 @@ class _Editor:
             for access in (
                 q.weight,
                 k.weight if k else None,
+                q.bias,
+                k.bias if k else None,
                 q.scale,
                 k.scale if k else None,
                 q.cos,

@@ -19,7 +19,7 @@ REFERENCES: dict[str, Callable[..., Any]] = {
 
 
 # Where cos and sin stand among the ops' arguments.
-_TABLES = {"norm_rope": slice(6, 8), "norm_rope_store_": slice(7, 9)}
+_TABLES = {"norm_rope": slice(8, 10), "norm_rope_store_": slice(9, 11)}
 
 
 def lower(name: str, args: tuple[Any, ...], record: Record) -> tuple[Any, Any]:

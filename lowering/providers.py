@@ -76,6 +76,8 @@ def _no_triton_kernel(facts: Facts) -> str | None:
     norms = [s.norm for s in (q, k, v) if s is not None and s.norm is not None]
     if any(n.kind != "rms" for n in norms):
         return "the kernel knows the norm kind rms only"
+    if any(n.has_bias for n in norms):
+        return "the kernel knows no bias"
     if q.rotation is not None and q.rotation.by_head:
         return "each head turns by tables of its own"
     if len(q.passes) > 2:

@@ -14,6 +14,7 @@ from torch import fx
 from fxfuse.patterns.access import Refused
 from fxfuse.patterns.cut import cuts
 from fxfuse.patterns.decode import decode, is_rotated
+from fxfuse.patterns.norms import NORM_KINDS
 from fxfuse.patterns.prove import Disproved, Untried, prove
 from fxfuse.patterns.read import Reading
 from fxfuse.patterns.site import Decoded
@@ -145,7 +146,7 @@ class Frontier:
     def _check_gradients(self, decoded: Decoded) -> None:
         """Raises Refused where the op's gradient would not be the graph's."""
         norm = decoded.stream.norm
-        if norm is not None and norm.kind != "rms":
+        if norm is not None and NORM_KINDS[norm.kind].slope is None:
             raise Refused(f"no gradient for the norm kind {norm.kind}")
         for table in (decoded.cos, decoded.sin):
             slot = table.leaf.slot if table else None

@@ -54,7 +54,7 @@ class Pass:
 
 @dataclasses.dataclass(frozen=True)
 class Norm:
-    """RMSNorm of a head: x * rsqrt(mean(x * x) + eps) * (weight + weight_offset), in float32.
+    """Norm of a head: x * factor(mean(x * x), eps) * (weight + weight_offset) + bias, in float32.
 
     over           "head": the statistic is taken over the head's channels inside the op; "given":
                    the graph computed it (a norm over the whole hidden width) and hands it over as
@@ -63,7 +63,9 @@ class Norm:
     has_weight     False for a norm without weight; the weight is [D], or [H, D] when it differs by
                    head.
     weight_offset  1.0 for Gemma's (1 + weight), added in float32.
-    kind           which statistic, a key of patterns.norms.NORM_KINDS.
+    kind           which statistic, a key of patterns.norms.NORM_KINDS, which has the factor; a
+                   kind that is centred takes mean(x) off x first.
+    has_bias       whether a bias is added behind the weight, [D] or [H, D] as the weight.
     """
 
     over: Literal["head", "given"]
@@ -71,6 +73,7 @@ class Norm:
     has_weight: bool
     weight_offset: float = 0.0
     kind: str = "rms"
+    has_bias: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

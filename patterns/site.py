@@ -49,9 +49,10 @@ class Decoded:
     cos: Access | None = None
     sin: Access | None = None
     eps: float | Scalar = 0.0
+    bias: Access | None = None
 
     def accesses(self) -> list[Access]:
-        every = (self.x, self.weight, self.scale, self.cos, self.sin)
+        every = (self.x, self.weight, self.bias, self.scale, self.cos, self.sin)
         return [a for a in every if a is not None]
 
 

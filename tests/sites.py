@@ -91,7 +91,14 @@ SITES: dict[str, Record] = {
         (Rotation(16, Pair(0, 16, 1), Pair(0, 1, 2), Pair(0, 0, 1), Pair(0, 0, 1), (-1, 1)), ()),
     ),
 }
-PER_HEAD_WEIGHTS = ("olmo2", "after")
+# What the kernel leaves to the loops.
+LAYER = Norm("head", "before", has_weight=True, kind="layer", has_bias=True)
+LOOPED: dict[str, Record] = {
+    "phi": site(32, norm=LAYER, store=Store(True), heads_first=True, k_keep=False),
+    "chameleon": site(16, norm=dataclasses.replace(LAYER, when="after"), store=Store(False)),
+    "zaya": site(24, norm=Norm("head", "before", False, kind="l2"), has_scale=True, scale=0.5),
+}
+PER_HEAD_WEIGHTS = ("olmo2", "after", "chameleon")
 
 
 @dataclasses.dataclass
@@ -109,7 +116,8 @@ class Operands:
     def arguments(self) -> tuple[Any, ...]:
         """By position, as torch.ops.fxfuse takes them."""
         names = ["q", "k", *(["v"] if self.stores else [])]
-        names += ["q_weight", "k_weight", "q_scale", "k_scale", "cos", "sin"]
+        names += ["q_weight", "k_weight", "q_bias", "k_bias"]
+        names += ["q_scale", "k_scale", "cos", "sin"]
         names += ["slots", "k_cache", "v_cache"] if self.stores else []
         found = [self.tensors.get(name) for name in names]
         return (*found, *self.eps, self.record.to_text())
@@ -151,7 +159,7 @@ def operands(
     seed: int = 0,
 ) -> Operands:
     """Random operands; q, k, v are views of one packed projection, caches hold 77 everywhere."""
-    record = with_dtype(SITES[name], str(dtype).removeprefix("torch."))
+    record = with_dtype((SITES | LOOPED)[name], str(dtype).removeprefix("torch."))
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int, of: torch.dtype = dtype) -> Tensor:
@@ -173,6 +181,8 @@ def operands(
     for x, s, n in (("q", record.q, heads), ("k", record.k, kv_heads)):
         if s and s.norm and s.norm.has_weight:
             tensors[f"{x}_weight"] = draw(*((n, d) if per_head else (d,)))
+        if s and s.norm and s.norm.has_bias:
+            tensors[f"{x}_bias"] = draw(*((n, d) if per_head else (d,)))
         if s and s.has_scale:
             tensors[f"{x}_scale"] = draw(batch, tokens, 1, of=torch.float32)
     tensors |= {"cos": table[..., 0], "sin": table[..., 1]} if rotates else {}

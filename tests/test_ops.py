@@ -61,8 +61,12 @@ def rms(x: Tensor, weight: Tensor | float, eps: float) -> Tensor:
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight
 
 
-def call(record: Record, q, k=None, q_w=None, k_w=None, q_s=None, k_s=None, cos=None, sin=None):
-    return fxfuse.ops.norm_rope(q, k, q_w, k_w, q_s, k_s, cos, sin, 1e-6, 1e-5, record.to_text())
+def call(
+    record: Record, q, k=None, q_w=None, k_w=None, q_b=None, q_s=None, cos=None, sin=None, eps=1e-6
+):
+    return fxfuse.ops.norm_rope(
+        q, k, q_w, k_w, q_b, None, q_s, None, cos, sin, eps, 1e-5, record.to_text()
+    )
 
 
 def test_llama_halves_with_qk_norm():
@@ -154,6 +158,36 @@ def test_norm_without_rotation():
     torch.testing.assert_close(out, rms(q, w, 1e-6))
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("by_head", [False, True])
+def test_layer_norm_with_a_bias(when, by_head):
+    q, (cos, sin) = 3 + draw(B, T, H, D), angles(D)
+    w, b = (draw(H, D, seed=s) if by_head else draw(D, seed=s) for s in (1, 2))
+    norm = Norm("head", when, has_weight=True, kind="layer", has_bias=True)
+    out, _ = call(
+        Record(stream(norm=norm, dtype="float64")), q, q_w=w, q_b=b, cos=cos, sin=sin, eps=0.1
+    )
+
+    def normed(x: Tensor) -> Tensor:
+        return torch.nn.functional.layer_norm(x, (D,), eps=0.1) * w + b
+
+    def turned(x: Tensor) -> Tensor:
+        return x * cos.unsqueeze(2) + rotate_half(x) * sin.unsqueeze(2)
+
+    want = turned(normed(q)) if when == "before" else normed(turned(q))
+    torch.testing.assert_close(out, want, rtol=1e-12, atol=1e-12)
+
+
+def test_l2_norm_of_long_and_of_short_rows():
+    q = draw(B, T, H, D) * torch.tensor([1e-9, 1.0, 0.0, 100.0]).double()[:, None]
+    norm, root = Norm("head", "before", has_weight=False, kind="l2"), D**0.5
+    record = Record(
+        stream(rope=(None, (Pass(0, 0, D),)), norm=norm, scale=1 / root, dtype="float64")
+    )
+    out, _ = call(record, q, eps=1e-3 / root)
+    torch.testing.assert_close(out, torch.nn.functional.normalize(q, dim=-1, eps=1e-3))
+
+
 def test_one_rounding_to_the_record_dtype():
     q, w = draw(B, T, H, D, dtype=torch.bfloat16), draw(D, dtype=torch.bfloat16)
     cos, sin = angles(D, torch.bfloat16)
@@ -180,7 +214,7 @@ def test_store_writes_the_slots_alone(cache_heads_first, slots):
     if not cache_heads_first:
         caches = [c.transpose(1, 2).contiguous() for c in caches]
     q_out, k_out = fxfuse.ops.norm_rope_store_(
-        q, k, v, None, w, None, None, cos, sin, torch.tensor(slots), *caches, 0.0, 1e-5,
+        q, k, v, None, w, None, None, None, None, cos, sin, torch.tensor(slots), *caches, 0.0, 1e-5,
         record.to_text(),
     )  # fmt: skip
     assert k_out.shape == (0,)
@@ -202,7 +236,7 @@ def test_result_strides_are_the_contract_and_the_fake_agrees(heads_first, tokens
     q, k = packed.split((H, G), 2)
     table = draw(1, tokens, D)
     s = stream(heads_first=heads_first, dtype="float64")
-    args = (q, k, None, None, None, None, table, table, 0.0, 0.0, Record(s, s).to_text())
+    args = (q, k, *[None] * 6, table, table, 0.0, 0.0, Record(s, s).to_text())
     outs = torch.ops.fxfuse.norm_rope(*args)
     with torch._subclasses.FakeTensorMode() as mode:
         fakes = torch.ops.fxfuse.norm_rope(
@@ -234,6 +268,21 @@ GRADED = {
         (1, T, H),
     ),
     "no norm": (stream(dtype="float64"), None, None),
+    "layer": (
+        stream(
+            norm=Norm("head", "before", True, kind="layer", has_bias=True),
+            has_scale=True,
+            dtype="float64",
+        ),
+        (D,),
+        (B, T, 1),
+    ),
+    "layer, after, per head": (
+        stream(norm=Norm("head", "after", True, 1.0, "layer", True), scale=2.0, dtype="float64"),
+        (H, D),
+        None,
+    ),
+    "l2": (stream(norm=Norm("head", "before", True, kind="l2"), dtype="float64"), (D,), None),
 }
 
 
@@ -242,8 +291,11 @@ def graded_inputs(name: str) -> tuple[tuple, str]:
     q, k = draw(B, T, H, D).requires_grad_(), draw(B, T, H, D, seed=3).requires_grad_()
     w = draw(*weight_shape, seed=1).requires_grad_() if weight_shape else None
     scale = draw(*scale_shape, seed=2).requires_grad_() if scale_shape else None
+    has_bias = one.norm is not None and one.norm.has_bias
+    b = draw(*weight_shape, seed=4).requires_grad_() if has_bias else None
     cos, sin = angles(D)
-    return (q, k, w, w, scale, scale, cos, sin, 1e-6, 1e-2), Record(one, one).to_text()
+    # An eps of 1 clamps the half of all rows.
+    return (q, k, w, w, b, b, scale, scale, cos, sin, 1e-6, 1.0), Record(one, one).to_text()
 
 
 @pytest.mark.parametrize("name", GRADED)
@@ -262,11 +314,11 @@ def test_gradients_equal_those_of_the_reference(name):
 def test_gradcheck():
     args, record = graded_inputs("after, offset, per head")
     small = [a[:1, :2].detach().requires_grad_() for a in args[:2]]
-    weight, scale, cos, sin = args[2], args[4][:1, :2].detach().requires_grad_(), *args[6:8]
+    weight, scale, cos, sin = args[2], args[6][:1, :2].detach().requires_grad_(), *args[8:10]
 
     def run(q, k, w, s):
         return torch.ops.fxfuse.norm_rope(
-            q, k, w, w, s, s, cos[:, :2], sin[:, :2], 1e-6, 1e-2, record
+            q, k, w, w, None, None, s, s, cos[:, :2], sin[:, :2], 1e-6, 1e-2, record
         )
 
     assert torch.autograd.gradcheck(run, (*small, weight, scale))
@@ -297,7 +349,8 @@ def test_opcheck_norm_rope(name):
 
 @pytest.mark.parametrize("with_v", [True, False])
 def test_opcheck_norm_rope_store(with_v):
-    one = stream(norm=NORM, dtype="float32", heads_first=True)
+    norm = Norm("head", "before", has_weight=True, kind="layer", has_bias=True)
+    one = stream(norm=norm, dtype="float32", heads_first=True)
     record = Record(one, one, copied(8) if with_v else None, Store(True))
     q, k, v, w = (
         draw(*s, dtype=torch.float32) for s in ((B, T, H, D), (B, T, G, D), (B, T, G, 8), (D,))
@@ -307,7 +360,7 @@ def test_opcheck_norm_rope_store(with_v):
     torch.library.opcheck(
         torch.ops.fxfuse.norm_rope_store_.default,
         (
-            q, k, v if with_v else None, w, w, None, None, cos, sin, torch.arange(T),
+            q, k, v if with_v else None, w, w, w, w, None, None, cos, sin, torch.arange(T),
             caches[0], caches[1] if with_v else None, 1e-6, 1e-6, record.to_text(),
         ),
     )  # fmt: skip
