@@ -97,6 +97,8 @@ def table_access(table: Factor, groups: Sequence[Sequence[Atom]], channels: int)
 def weight_access(weight: Factor, head: Sequence[Atom], start: int, channels: int) -> Access:
     """A weight as [D], or [H, D] where it differs by head."""
     last = len(weight.axes) - 1
+    if last and head and weight.axes[last - 1].strides == ((head[0], 1),):
+        return _by_head(weight, head[0], start, channels)
     strides = [(a, s) for a, s in weight.axes[last].strides if s]
     if any(s for index in weight.axes[:last] for _, s in index.strides):
         raise Refused("a weight that differs by row")
@@ -114,6 +116,19 @@ def weight_access(weight: Factor, head: Sequence[Atom], start: int, channels: in
     steps.append(("unflatten", -1, (atom.size, stride)))
     if stride != channels:
         steps.append(("narrow", -1, 0, channels))
+    return Access(weight.leaf, tuple(steps))
+
+
+def _by_head(weight: Factor, head: Atom, start: int, channels: int) -> Access:
+    """A weight of [.., H, D] whose heads are an axis of their own."""
+    *outer, heads, channel = weight.axes
+    if any(s for index in (*outer, channel) for _, s in index.strides):
+        raise Refused("a weight that differs by row")
+    if any(heads.offsets) or weight.leaf.shape[-2] != head.size:
+        raise Refused("a weight that is a part of another")
+    steps: list[Step] = [("select", 0, index.offsets[0]) for index in outer]
+    if channels != weight.leaf.shape[-1]:
+        steps.append(("narrow", -1, start, channels))
     return Access(weight.leaf, tuple(steps))
 
 

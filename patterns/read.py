@@ -82,6 +82,7 @@ class Reading:
     writes: dict[int, list[int]]
     positions: dict[Call, int]
     leaves: list[Leaf]
+    centred: dict[Any, Leaf] = dataclasses.field(default_factory=dict)
 
     def versions_at(self, call: Call, storage: int) -> int:
         """A storage's version when a call reads it."""
@@ -96,10 +97,18 @@ class Reading:
         return leaf
 
     def nameless(self, definition: Definition, shape: Any = None) -> Value:
-        """A leaf that no node holds, with a definition; shaped as its operand unless told."""
+        """A leaf that no node holds, with a definition; shaped as its operand unless told. The
+        centred rows of one value have one name.
+        """
         operand = definition.operands[0]
         shape = operand.shape if shape is None else shape
-        return leaf_value(self.leaf(shape, operand.dtype, Kind.DATA, None, definition=definition))
+        key = (id(operand.terms), operand.dims)
+        if definition.op == "centred" and key in self.centred:
+            return leaf_value(self.centred[key])
+        leaf = self.leaf(shape, operand.dtype, Kind.DATA, None, definition=definition)
+        if definition.op == "centred":
+            self.centred[key] = leaf
+        return leaf_value(leaf)
 
     def number(self, x: Any) -> Value:
         """A number of the graph as a Value."""

@@ -11,6 +11,7 @@ from fxfuse.patterns.transfer import Result, dim_of, transfer
 from fxfuse.patterns.value import (
     STATISTICS,
     Definition,
+    Index,
     Kind,
     Leaf,
     Opaque,
@@ -54,10 +55,38 @@ def _add(result: Result, a: Any, b: Any, *, alpha: Any = 1) -> Value:
     a, b = _operand(result, a), _operand(result, b)
     if alpha != 1:
         b = arithmetic.scaled(b, alpha)
+    for row, other in ((a, b), (b, a)):
+        if _is_minus_mean(other, row):
+            return _centred(result, row)
     mixed = _has_data(a) and _has_data(b) and not a.sources() & b.sources()
     if mixed and (a.sources() or b.sources()):
         raise Opaque("a sum of different sources")
     return arithmetic.add(a, b, result.dtype)
+
+
+def _is_minus_mean(x: Value, row: Value) -> bool:
+    """Whether x is minus the mean of a row's last axis, in the row's own places."""
+    factors = x.terms[0].factors if len(x.terms) == 1 else ()
+    definition = factors[0].leaf.definition if len(factors) == 1 else None
+    if definition is None or definition.op != "mean" or set(x.terms[0].coefficients) != {-1.0}:
+        return False
+    (operand,), (dims, keepdim) = definition.operands, definition.params
+    if operand.terms is not row.terms or operand.dims != row.dims or x.dims[-1:] != ((),):
+        return False
+    sizes, places = x.shape[:-1], [Index((0,), tuple((a, 1) for a in d)) for d in x.dims]
+    return (
+        dims == (len(row.dims) - 1,)
+        and sizes == row.shape[:-1]
+        and all(len(d) < 2 for d in x.dims)
+        and factors[0].axes == tuple(places if keepdim else places[:-1])
+    )
+
+
+def _centred(result: Result, x: Value) -> Value:
+    """x - mean(x) along the last axis, as a name: one source, whose rows a norm takes the mean
+    off.
+    """
+    return result.name(Definition("centred", (x,)), x.shape)
 
 
 def _has_data(x: Value) -> bool:
@@ -144,7 +173,11 @@ def _squared_sums(leaf: Leaf) -> list[Leaf]:
 
 
 def _inverse(result: Result, x: Value) -> Value:
-    return result.name(Definition("reciprocal", (x,)), x.shape)
+    """1 / x, named before what only repeats it."""
+    read = {a for t in x.terms for f in t.factors for i in f.axes for a, _ in i.strides}
+    dims = tuple(d if {*d} & {*read, *x.explicit} else () for d in x.dims)
+    inner = dataclasses.replace(x, dims=dims)
+    return shapes.expand(result.name(Definition("reciprocal", (inner,)), inner.shape), x.shape)
 
 
 _POWERS = {-1: "reciprocal", -0.5: "rsqrt", 0.5: "sqrt"}
@@ -187,6 +220,37 @@ def _mean(
     return result.name(Definition("mean", (x,), (tuple(dim_of(x, d) for d in every), keepdim)))
 
 
+@transfer("compute", aten.linalg_vector_norm.default)
+def _vector_norm(
+    result: Result,
+    x: Value,
+    ord: Any = 2,
+    dim: int | Sequence[int] | None = None,
+    keepdim: bool = False,
+    **kwargs: Any,
+) -> Value:
+    dims = [dim] if isinstance(dim, int) else list(dim or ())
+    if ord != 2 or len(dims) != 1 or not isinstance(x.shape[dims[0]], int):
+        raise Opaque("another norm than a row's length")
+    axis = dim_of(x, dims[0])
+    mean = result.name(Definition("mean", (_square(result, x),), ((axis,), keepdim)), result.shape)
+    return result.name(Definition("sqrt", (arithmetic.scaled(mean, x.shape[axis]),)))
+
+
+@transfer("compute", aten.clamp_min.default)
+def _clamp_min(result: Result, x: Value, low: Any) -> Value:
+    if not _is_number(low):
+        raise Opaque("a clamp at a number of the graph")
+    return result.name(Definition("clamp_min", (x,), (float(low),)))
+
+
+@transfer("compute", aten.clamp.default)
+def _clamp(result: Result, x: Value, low: Any = None, high: Any = None) -> Value:
+    if high is not None:
+        raise Opaque("a clamp from above")
+    return _clamp_min(result, x, low)
+
+
 @transfer("compute", aten.rms_norm.default)
 def _rms_norm(
     result: Result,
@@ -197,11 +261,46 @@ def _rms_norm(
 ) -> Value:
     if len(normalized_shape) != 1:
         raise Opaque("a norm over several axes")
-    eps = _operand(result, torch.finfo(input.dtype).eps if eps is None else eps)
-    last, row = len(input.dims) - 1, (*result.shape[:-1], 1)
-    mean = result.name(Definition("mean", (_square(result, input),), ((last,), True)), row)
-    rstd = result.name(Definition("rsqrt", (arithmetic.add(mean, eps),)), row)
-    y = arithmetic.multiply(whole_row(input, rstd), rstd, result.dtype)
+    eps = torch.finfo(input.dtype).eps if eps is None else eps
+    y = _over_root(result, _ungrouped(input), eps)
+    return _weighted(result, y, weight)
+
+
+@transfer("compute", aten.layer_norm.default)
+def _layer_norm(
+    result: Result,
+    input: Value,
+    normalized_shape: Sequence[Size],
+    weight: Value | None = None,
+    bias: Value | None = None,
+    eps: Any = 1e-5,
+    cudnn_enable: bool = True,
+) -> Value:
+    if len(normalized_shape) != 1:
+        raise Opaque("a norm over several axes")
+    y = _over_root(result, _centred(result, _ungrouped(input)), eps)
+    y = _weighted(result, y, weight)
+    return y if bias is None else arithmetic.add(y, bias, result.dtype)
+
+
+def _ungrouped(x: Value) -> Value:
+    """x with an axis for each part of its row axes, so that a name of its rows can be followed."""
+    rows = tuple((a,) for dim in x.dims[:-1] for a in dim)
+    return dataclasses.replace(x, dims=(*rows, x.dims[-1]))
+
+
+def _over_root(result: Result, x: Value, eps: Any) -> Value:
+    """x * rsqrt(mean(x * x) + eps) along the last axis."""
+    last, row = len(x.dims) - 1, (*x.shape[:-1], 1)
+    mean = result.name(Definition("mean", (_square(result, x),), ((last,), True)), row)
+    inverse = Definition("rsqrt", (arithmetic.add(mean, _operand(result, eps)),))
+    rstd = result.name(inverse, row)
+    return arithmetic.multiply(whole_row(x, rstd), rstd, result.dtype)
+
+
+def _weighted(result: Result, y: Value, weight: Value | None) -> Value:
+    """y with the shape it was asked for, times a weight."""
+    y = y if y.shape == result.shape else shapes.view(y, result.shape)
     return y if weight is None else arithmetic.multiply(y, weight, result.dtype)
 
 
@@ -212,5 +311,7 @@ DEFINITIONS: dict[str, Callable[..., torch.Tensor]] = {
     "rsqrt": torch.rsqrt,
     "sqrt": torch.sqrt,
     "reciprocal": torch.reciprocal,
+    "clamp_min": torch.clamp_min,
+    "centred": lambda x: x - x.mean(-1, keepdim=True),
     "mean": lambda x, dims, keepdim: x.mean(dims, keepdim),
 }

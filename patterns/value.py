@@ -130,7 +130,7 @@ class Value:
         return " + ".join("·".join(map(repr, (f.leaf for f in t.factors))) for t in self.terms)
 
 
-STATISTICS = frozenset({"mean", "rsqrt", "sqrt", "reciprocal", "norm", "clamp_min"})
+STATISTICS = frozenset({"mean", "rsqrt", "sqrt", "reciprocal", "clamp_min"})
 
 
 def is_statistic(leaf: Leaf) -> bool:

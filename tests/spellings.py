@@ -257,3 +257,68 @@ def weightless(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 NORMS: list[Normed] = [rsqrt, power, times_itself, square, divided, inverted, functional, squeezed]
 NORMS += [summed]
+
+# --- the length of a row: clamped from below, or with eps in its root --------------------------
+
+
+def zaya(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x * (x.shape[-1] ** 0.5 / x.norm(p=2, dim=-1, keepdim=True).clamp_min(eps)) * weight
+
+
+def clamped_length(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x / torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=eps) * weight
+
+
+def normalized(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return F.normalize(x, dim=-1, eps=eps) * weight
+
+
+def clamped_root(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x / x.pow(2).sum(-1).sqrt().clamp_min(eps).unsqueeze(-1) * weight
+
+
+def clamped_squares(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x * x.square().sum(-1, keepdim=True).clamp_min(eps**2).rsqrt() * weight
+
+
+def length(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """qwen3-next's l2norm: an RMSNorm of another size."""
+    return x * torch.rsqrt((x * x).sum(dim=-1, keepdim=True) + eps) * weight
+
+
+L2_NORMS: list[Normed] = [zaya, clamped_length, normalized, clamped_root, clamped_squares]
+
+# --- layer norms -------------------------------------------------------------------------------
+
+
+def cohere_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    x = x.float()
+    mean = x.mean(-1, keepdim=True)
+    variance = (x - mean).pow(2).mean(-1, keepdim=True)
+    return weight.float() * ((x - mean) * torch.rsqrt(variance + eps))
+
+
+def layer(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return F.layer_norm(x, (x.shape[-1],), weight, None, eps)
+
+
+def centred_first(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    x = x - x.mean(-1).unsqueeze(-1)
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
+
+
+def minus_first(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return rsqrt(-x.mean(-1, True) + x, weight, eps)
+
+
+def layer_and_bias(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return F.layer_norm(x, (x.shape[-1],), weight, weight / 2, eps)
+
+
+def chameleon(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    rows = x.reshape(-1, *x.shape[-2:])
+    rows = F.layer_norm(rows, rows.shape[-1:], None, None, eps) * weight + weight / 2
+    return rows.reshape(x.shape)
+
+
+LAYER_NORMS: list[Normed] = [cohere_norm, layer, centred_first, minus_first]

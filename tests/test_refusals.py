@@ -177,10 +177,6 @@ def eps_beside_the_root(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x * (torch.rsqrt(x.pow(2).mean(-1, keepdim=True)) + eps) * weight
 
 
-def a_sum_of_squares(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) + eps) * weight
-
-
 def of_half_the_head(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x * torch.rsqrt(x[..., :8].pow(2).mean(-1, keepdim=True) + eps) * weight
 
@@ -193,8 +189,28 @@ def of_fourth_powers(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x * torch.rsqrt((x * x * x * x).mean(-1, keepdim=True) + eps) * weight
 
 
-def of_twice_the_squares(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return x * torch.rsqrt(2 * x.pow(2).mean(-1, keepdim=True) + eps) * weight
+def clamped_from_above(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x / x.norm(dim=-1, keepdim=True).clamp_max(1e3 * eps) * weight
+
+
+def clamped_from_both_sides(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x / x.norm(dim=-1, keepdim=True).clamp(eps, 2.0) * weight
+
+
+def a_clamped_inverse(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x * (1 / x.norm(dim=-1, keepdim=True)).clamp_min(0.3) * weight
+
+
+def a_clamp_and_an_eps(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x * (x.square().mean(-1, keepdim=True) + eps).clamp_min(1.0).rsqrt() * weight
+
+
+def of_the_length_itself(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x * x.norm(dim=-1, keepdim=True).clamp_min(eps) * weight
+
+
+def of_the_magnitude(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return F.normalize(x, p=1.0, dim=-1, eps=eps) * weight
 
 
 def eps_from_a_tensor(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -215,11 +231,15 @@ NO_NORM = {
     over_head_and_channels: "a mean over other elements than a row's channels",
     eps_outside_the_root: "no rsqrt but reciprocal",
     eps_beside_the_root: "differ in their statistic",
-    a_sum_of_squares: "something else than a mean of squares",
     of_half_the_head: "a norm over 8 channels of 16",
     of_magnitudes: "a mean of something else than squares",
     of_fourth_powers: "a mean of something else than squares",
-    of_twice_the_squares: "something else than a mean of squares",
+    clamped_from_above: "no rsqrt but reciprocal",
+    clamped_from_both_sides: "no rsqrt but reciprocal",
+    a_clamped_inverse: "a clamp of a reciprocal",
+    a_clamp_and_an_eps: "a root that is not clamped, or a sum",
+    of_the_length_itself: "no rsqrt but clamp_min",
+    of_the_magnitude: "no rsqrt but reciprocal",
     eps_from_a_tensor: "an eps that is no scalar",
     two_norms: "more than one weight",
     gated: "2 data sources",
