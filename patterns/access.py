@@ -5,6 +5,8 @@
 from collections.abc import Sequence
 from typing import TypeAlias
 
+import torch
+
 from fxfuse.patterns.atoms import divide
 from fxfuse.patterns.site import Access, Step
 from fxfuse.patterns.value import Atom, Factor, Index, Leaf, Size
@@ -65,13 +67,33 @@ def feature_access(
     return Access(x.leaf, (*steps, *row_steps, *arranged))
 
 
-def rows_access(factor: Factor, groups: Sequence[Sequence[Atom]]) -> Access:
-    """A factor by row as [B | 1, T | 1, H | 1]."""
+def rows_access(
+    factor: Factor, groups: Sequence[Sequence[Atom]], first: Sequence[Step] = ()
+) -> Access:
+    """A factor by row as [B | 1, T | 1, H | 1], after the first steps."""
     if factor.leaf.slot is None:
         raise Refused("a row factor that no node of the graph holds")
     labels: list[Label] = list(_axes(len(factor.axes)))
     steps, labels = _rows(factor, labels, len(factor.axes))
-    return Access(factor.leaf, (*steps, *_arrange(labels, groups, channels=False)))
+    return Access(factor.leaf, (*first, *steps, *_arrange(labels, groups, channels=False)))
+
+
+def rstd_access(
+    rows: Factor, groups: Sequence[Sequence[Atom]], count: int, eps: float, scale: float
+) -> Access:
+    """scale / sqrt(mean(x * x) + eps) of `count` channels of a tensor's rows, by row."""
+    *axes, channel = rows.axes
+    if any(stride for _, stride in channel.strides):
+        raise Refused("a statistic by head that no node of the graph holds")
+    steps: list[Step] = []
+    if count != rows.leaf.shape[-1]:
+        steps.append(("narrow", -1, channel.offsets[0], count))
+    if rows.leaf.dtype != torch.float64:
+        steps.append(("float",))
+    steps += [("square",), ("mean", -1), ("add", eps), ("rsqrt",)]
+    if scale != 1.0:
+        steps.append(("mul", scale))
+    return rows_access(Factor(rows.leaf, tuple(axes)), groups, steps)
 
 
 def table_access(table: Factor, groups: Sequence[Sequence[Atom]], channels: int) -> Access:

@@ -15,6 +15,7 @@ from fxfuse.patterns.access import (
     Refused,
     feature_access,
     rows_access,
+    rstd_access,
     table_access,
     weight_access,
     window,
@@ -41,8 +42,8 @@ from fxfuse.patterns.roles import (
 )
 from fxfuse.patterns.rotation import Entry, pair_up
 from fxfuse.patterns.site import Access, Decoded
-from fxfuse.patterns.value import Atom, Factor, Index, Kind, Leaf, Value
-from fxfuse.slots import Slot
+from fxfuse.patterns.value import Atom, Factor, Index, Kind, Leaf, Value, is_statistic
+from fxfuse.slots import Scalar, Slot
 
 
 def is_rotated(value: Value) -> bool:
@@ -127,7 +128,7 @@ def _before(slot: Slot, parts: Parts, bias: Value | None) -> Decoded:
         x,
         weight=weight,
         bias=added,
-        scale=rows_access(row_factor, atoms) if row_factor else None,
+        scale=_row_factor(row_factor, atoms) if row_factor else None,
         cos=_table(parts, cos, turned) if cos else None,
         sin=_table(parts, sin, turned) if sin else None,
         eps=statistic.eps if statistic else 0.0,
@@ -149,6 +150,17 @@ def _over_head(parts: Parts, heads: tuple[Atom, int] | None) -> Statistic | None
     if parts.centred is not None:
         raise Refused("rows without their mean that meet no norm of their own")
     return None
+
+
+def _row_factor(factor: Factor, atoms: Sequence[tuple[Atom, ...]]) -> Access:
+    """A factor by row: a tensor of the graph, or a statistic that is computed of one."""
+    if factor.leaf.slot is not None or not is_statistic(factor.leaf):
+        return rows_access(factor, atoms)
+    statistic = read_statistic(factor.leaf)
+    if statistic.kind != "rms" or isinstance(statistic.eps, Scalar):
+        raise Refused("a row factor that no node of the graph holds")
+    rows = base_of(factor, statistic.base)
+    return rstd_access(rows, atoms, statistic.count, statistic.eps, statistic.scale)
 
 
 def _times(a: float, b: float) -> float:

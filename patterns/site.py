@@ -17,16 +17,20 @@ Step: TypeAlias = tuple[Any, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Access:
-    """How an op's operand is seen in a leaf's tensor: views applied in order, each (method name,
-    *arguments).
+    """How an op's operand is made of a leaf's tensor: methods called in order, each (name,
+    *arguments): views, and for a row's statistic that no node of the graph holds its arithmetic.
     """
 
     leaf: Leaf
     steps: tuple[Step, ...]
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
+        """The operand of a tensor; casts leave float64 as it is."""
         for name, *args in self.steps:
-            x = torch.view_as_real(x) if name == "view_as_real" else getattr(x, name)(*args)
+            if name == "view_as_real":
+                x = torch.view_as_real(x)
+            elif name != "float" or x.dtype != torch.float64:
+                x = getattr(x, name)(*args)
         return x
 
 

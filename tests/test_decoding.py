@@ -156,12 +156,22 @@ def test_a_norm_over_the_whole_width_hands_over_its_statistic(norm: Any) -> None
         assert stream.norm is not None and stream.norm.over == "given" and stream.has_scale
 
 
-@pytest.mark.parametrize(
-    "norm",
-    [spellings.divided, inverted, spellings.functional],
-    ids=lambda n: n.__name__,
-)
-def test_a_norm_over_the_whole_width_whose_statistic_no_node_holds_is_cut(norm: Any) -> None:
+WIDE = [spellings.divided, spellings.functional, spellings.length, spellings.summed]
+
+
+@pytest.mark.parametrize("packing", ["separate", "slices"])
+@pytest.mark.parametrize("norm", WIDE, ids=lambda n: n.__name__)
+def test_a_statistic_over_the_whole_width_that_no_node_holds_is_computed(
+    norm: Any, packing: str
+) -> None:
+    toy = Attention(norm=norm, wide=True, packing=packing, eps=(0.5, 0.25))
+    for stream in streams(compiled_like_eager(toy, hidden_states())):
+        assert stream.norm == Norm("given", "before", has_weight=True) and stream.has_scale
+
+
+@pytest.mark.parametrize("norm", [inverted, spellings.layer], ids=lambda n: n.__name__)
+def test_over_the_whole_width_a_centred_row_or_half_a_call_is_cut(norm: Any) -> None:
+    """1 / x is two calls in one; rows without their mean are in no node of a layer norm."""
     report = compiled_like_eager(Attention(norm=norm, wide=True), hidden_states())
     assert [f.stages for f in report.fused] == [("rope",)]
     assert [r.stage for r in report.refused] == ["cut", "cut"], "one for q, one for k"
