@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -9,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import fxfuse
 from fxfuse.patterns.record import Norm, Pass
 from tests import spellings
 from tests.spellings import Rope, layer, rsqrt
 from tests.test_decoding import streams
-from tests.toys import LLAMA, Attention, Sizes, compiled_like_eager, hidden_states
+from tests.toys import LLAMA, Attention, Sizes, assert_like, compiled_like_eager, hidden_states
 
 pytestmark = pytest.mark.null
 
@@ -101,6 +103,49 @@ def test_a_weight_for_each_head_alone_is_a_factor_by_row() -> None:
     toy = Attention(norm=norm, tokens_first=True)
     for stream in streams(compiled_like_eager(toy, hidden_states())):
         assert stream.has_scale and stream.norm is not None and not stream.norm.has_weight
+
+
+# --- compiled, and differentiated --------------------------------------------------------------
+
+CHAINS = {
+    "layer_norm, bias": Attention(norm=spellings.layer_and_bias, eps=EPS),
+    "bias, after": Attention(norm=spellings.layer_and_bias, after=True, eps=EPS),
+    "by hand": Attention(norm=spellings.cohere_norm, eps=EPS),
+    "l2": Attention(norm=spellings.zaya, eps=EPS),
+    "l2, after": Attention(norm=spellings.normalized, after=True, eps=EPS),
+    "whole width": Attention(norm=spellings.functional, wide=True, eps=EPS),
+}
+chains = pytest.mark.parametrize("toy", CHAINS.values(), ids=CHAINS)
+
+
+@chains
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.cpu)])
+def test_gradients_are_eagers(toy: Attention, compiler: str) -> None:
+    def gradients(run: Any) -> list[Tensor]:
+        x = hidden_states().requires_grad_()
+        weights = [toy.project.weight, toy.q_weight, toy.k_weight]
+        return list(torch.autograd.grad(run(x).square().sum(), [x, *weights]))
+
+    want = gradients(toy)
+    got = gradients(torch.compile(toy, backend=fxfuse.Backend(compiler=compiler)))
+    report = fxfuse.last_report()
+    assert report is not None and report.refused == []
+    assert [f.record.q.norm is not None for f in report.fused] == [True]
+    assert_like(got, want)
+
+
+@pytest.mark.cpu
+@chains
+def test_loops_are_as_exact_as_eager(toy: Attention) -> None:
+    x = hidden_states()
+    with torch.no_grad():
+        exact = copy.deepcopy(toy).double()(x.double())
+        got = torch.compile(toy, backend=fxfuse.Backend())(x)
+        # Rounding to float32 alone, in a few dozen steps.
+        assert_like(got.double(), exact, 1e-6)
+        assert_like(toy(x).double(), exact, 1e-6)
+    report = fxfuse.last_report()
+    assert report is not None and [f.provider for f in report.fused] == ["loops"]
 
 
 # --- layer norms that are none -----------------------------------------------------------------
