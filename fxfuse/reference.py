@@ -1,4 +1,4 @@
-"""The two fused ops in plain PyTorch: the truth for tests and proofs, and the path without kernels.
+"""The fused ops in plain PyTorch: the truth for tests and proofs, and the path without kernels.
 
 In comes what an op takes, with its record already read; out come the op's results, laid out in no
 particular memory order. Everything is functional but the cache store, differentiable, and made of
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fxfuse.patterns.norms import NORM_KINDS
-from fxfuse.patterns.record import Norm, Pair, Record, Rotation, Stream
+from fxfuse.patterns.record import AddNorm, Norm, Pair, Record, Rotation, Stream
 
 # start, step and values of some of a row's channels: row[..., start + step * i] = values[..., i].
 Part = tuple[int, int, Tensor]
@@ -213,6 +213,27 @@ def store_(cache: Tensor, slots: Tensor, parts: list[Part], heads_first: bool) -
             torch.ops.aten.index_put_(where, index, values.transpose(1, 2))
         else:
             torch.ops.aten.index_put_(where, [None, slots.long()], values)
+
+
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    second: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    record: AddNorm,
+) -> tuple[Tensor, Tensor]:
+    """sum = x + residual + second; y = sum * rsqrt(mean(sum * sum) + eps) * (weight + offset).
+
+    Shapes: all [..., D], weight [D]. Rounding: each sum as torch's addition rounds it; y once.
+    """
+    for addend in (residual, second):
+        x = x if addend is None else x + addend
+    y = x.to(working_dtype(x))
+    y = y * torch.rsqrt((y * y).mean(-1, keepdim=True) + eps)
+    if weight is not None:
+        y = y * offset_weight(weight.to(y.dtype), record.norm)
+    return x, y.to(getattr(torch, record.dtype))
 
 
 def working_dtype(x: Tensor) -> torch.dtype:

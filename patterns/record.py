@@ -139,6 +139,33 @@ class Record:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class AddNorm:
+    """One fused sum and norm of rows: sum = x (+ residual (+ second)), y = norm(sum).
+
+    channels  D, of a row
+    norm      of the whole row; its statistic reads the sum as the graph rounded it
+    addends   how many tensors are added, 1 to 3, from the left
+    keep_sum  the sum is returned too
+    dtype     of y, a torch dtype's name; sums have the dtype torch's addition gives them
+    """
+
+    channels: int
+    norm: Norm
+    addends: int = 1
+    keep_sum: bool = False
+    dtype: str = "float32"
+
+    def to_text(self) -> str:
+        return json.dumps(dataclasses.asdict(self), separators=(",", ":"), sort_keys=True)
+
+    @staticmethod
+    @functools.cache
+    def from_text(text: str) -> "AddNorm":
+        data = json.loads(text)
+        return AddNorm(**{**data, "norm": Norm(**data["norm"])})
+
+
 def _stream(data: dict[str, Any]) -> Stream:
     norm, rotation, passes = data.pop("norm"), data.pop("rotation"), data.pop("passes")
     return Stream(

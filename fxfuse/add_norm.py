@@ -1,0 +1,129 @@
+"""The op fxfuse::add_rms_norm: rows added up and normed over their whole width.
+
+In comes what a rewritten graph hands over: the addends, a weight and the record as text. Out come
+the sum and the normed rows. Importing this module defines the op.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxfuse import reference
+from fxfuse.ops import library
+from fxfuse.patterns.record import AddNorm
+
+ADD_RMS_NORM = (
+    "add_rms_norm(Tensor x, Tensor? residual, Tensor? second, Tensor? weight, float eps, "
+    "str record) -> (Tensor, Tensor)"
+)
+
+
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    second: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    record: str,
+) -> tuple[Tensor, Tensor]:
+    """Sum and RMSNorm: s = x + residual + second, y = s * rsqrt(mean(s²) + eps) * (w + offset).
+
+    Shapes: addends [..., D], all alike; weight [D]; results as x, the sum [0] where not kept.
+    Layout: inputs any strides; results dense.
+    Dtypes: any floating input; the sum as torch's addition gives it, y as the record says.
+    Rounding: each sum to its dtype, y from the rounded sum in float32 (float64 for float64 sums),
+        rounded once.
+    Mutates: nothing. Differentiable in addends and weight.
+    Errors: ValueError where shapes and record disagree.
+    Source: RMSNorm arXiv:1910.07467, with the residual stream of a decoder layer in front.
+    """
+    result: tuple[Tensor, Tensor] = torch.ops.fxfuse.add_rms_norm(
+        x, residual, second, weight, eps, record
+    )
+    return result
+
+
+@functools.cache
+def read_record(text: str) -> AddNorm:
+    return AddNorm.from_text(text)
+
+
+def _checked(record: AddNorm, x: Tensor, *addends: Tensor | None) -> list[Tensor]:
+    """The addends that are there."""
+    found = [x, *(a for a in addends if a is not None)]
+    shapes = [tuple(a.shape) for a in found]
+    if len(found) != record.addends:
+        raise ValueError(f"fxfuse: add_rms_norm: got {len(found)} addends, wanted {record.addends}")
+    if any(shape != shapes[0] for shape in shapes) or shapes[0][-1] != record.channels:
+        raise ValueError(
+            f"fxfuse: add_rms_norm: got addends of shapes {shapes}, wanted all of one shape "
+            f"[..., {record.channels}]; expand the residual first"
+        )
+    return found
+
+
+def empty_results(found: list[Tensor], record: AddNorm) -> tuple[Tensor, Tensor]:
+    """Dense memory for both results; also the op's fake implementation."""
+    x = found[0]
+    dtype = functools.reduce(torch.promote_types, [a.dtype for a in found])
+    total = x.new_empty(x.shape, dtype=dtype) if record.keep_sum else x.new_empty((0,))
+    return total, x.new_empty(x.shape, dtype=getattr(torch, record.dtype))
+
+
+def _run(
+    x: Tensor,
+    residual: Tensor | None,
+    second: Tensor | None,
+    weight: Tensor | None,
+    eps: float,
+    text: str,
+) -> tuple[Tensor, Tensor]:
+    record = read_record(text)
+    # Copied, so that strides are exactly the contract's and no result aliases an input.
+    results = empty_results(_checked(record, x, residual, second), record)
+    total, normed = reference.add_rms_norm(x, residual, second, weight, eps, record)
+    if record.keep_sum:
+        results[0].copy_(total)
+    results[1].copy_(normed)
+    return results
+
+
+def _fake(
+    x: Tensor, residual: Tensor | None, second: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    record = read_record(rest[-1])
+    return empty_results(_checked(record, x, residual, second), record)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, residual, second, weight, ctx.eps, text = inputs
+    ctx.record = read_record(text)
+    ctx.save_for_backward(x, residual, second, weight)
+
+
+def _backward(ctx: Any, sum_grad: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """With u = s * r: ds = r * (du - u * mean(du * u)), and what the sum's readers send back."""
+    x, residual, second, weight = ctx.saved_tensors
+    record: AddNorm = ctx.record
+    for addend in (residual, second):
+        x = x if addend is None else x + addend
+    wide = x.to(reference.working_dtype(x))
+    r = torch.rsqrt((wide * wide).mean(-1, keepdim=True) + ctx.eps)
+    u, g = wide * r, grad.to(wide.dtype)
+    weight_grad = None
+    if weight is not None:
+        weight_grad = (g * u).sum_to_size(weight.shape).to(weight.dtype)
+        g = g * reference.offset_weight(weight.to(g.dtype), record.norm)
+    total = r * (g - u * (g * u).mean(-1, keepdim=True))
+    if record.keep_sum:
+        total = total + sum_grad
+    grads = [a if a is None else total.to(a.dtype) for a in (ctx.saved_tensors[:3])]
+    return (*grads, weight_grad, None, None)
+
+
+library.define(ADD_RMS_NORM, tags=(torch.Tag.pt2_compliant_tag,))
+library.impl("add_rms_norm", _run, "CompositeExplicitAutograd")
+torch.library.register_fake("fxfuse::add_rms_norm", _fake, lib=library)
+torch.library.register_autograd("fxfuse::add_rms_norm", _backward, setup_context=_save, lib=library)
