@@ -1,7 +1,7 @@
 """Which code an fxfuse op gets on which target: a table of providers, asked in order.
 
 In come a device type and the facts of a call; out comes a Choice that says who took it and why the
-others did not. `register` hands both ops to Inductor; nothing happens at import.
+others did not. `register` hands the ops to Inductor; nothing happens at import.
 """
 
 import dataclasses
@@ -162,8 +162,9 @@ def _lower(name: str, *args: Any) -> tuple[Box, Box]:
 @functools.cache
 def register() -> None:
     """Hand the ops to Inductor; call before compile_fx. Once a process is enough."""
-    from fxfuse.lowering import inductor
+    from fxfuse.lowering import inductor, norm_launch
 
     for name in ("norm_rope", "norm_rope_store_"):
         op = getattr(torch.ops.fxfuse, name).default
         inductor.register_op(op, functools.partial(_lower, name))
+    inductor.register_op(torch.ops.fxfuse.add_rms_norm.default, norm_launch.lower)
