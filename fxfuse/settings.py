@@ -5,6 +5,7 @@ from typing import Literal
 
 Compiler = Literal["inductor", "aot_eager", "eager"]
 Numerics = Literal["inductor", "graph"]
+Gate = Literal["auto", "always", "never"]
 
 DISABLEABLE = ("attention", "store")
 
@@ -24,16 +25,20 @@ class Settings:
                the report says so
     compiler   what compiles the rewritten graph; "eager" and "aot_eager" run the reference, for
                fast tests
+    gate       "auto": sites are fused where lowering.gate expects a gain; "always": wherever they
+               are found; "never": none is, and the report lists what was left
     """
 
     strict: bool = False
     disable: tuple[str, ...] = ()
     numerics: Numerics = "inductor"
     compiler: Compiler = "inductor"
+    gate: Gate = "auto"
 
     def __post_init__(self) -> None:
         _check("compiler", self.compiler, ("inductor", "aot_eager", "eager"))
         _check("numerics", self.numerics, ("inductor", "graph"))
+        _check("gate", self.gate, ("auto", "always", "never"))
         for stage in self.disable:
             _check("disable", stage, DISABLEABLE)
 

@@ -1,0 +1,65 @@
+"""The gate: whether a site is fused, or left to the compiler because fusing gains nothing there.
+
+In come a target (a device type), a kind of site and its facts; out comes a Decision. The table is
+what was measured; its first entry that fits decides.
+"""
+
+import dataclasses
+
+from fxfuse.patterns.record import AddNorm, Record
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What a decision may go by, beside target and kind.
+
+    rows    tokens of all batch rows together, None where symbolic
+    record  of the site; None for one that is asked about before it is decoded
+    """
+
+    rows: int | None = None
+    record: Record | AddNorm | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """Whether to fuse, why, and the time of the compiler's own kernels over ours, if measured."""
+
+    fuse: bool
+    reason: str
+    gain: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """A decision for a kind on a target ("*" is any) up to a number of rows (None is any)."""
+
+    kind: str
+    target: str
+    decision: Decision
+    most_rows: int | None = None
+
+
+_AS_FAST = Decision(False, "Inductor's own kernel is as fast")
+
+TABLE = (
+    Entry("attention", "*", Decision(True, "one kernel where several stood")),
+    Entry("norm", "cuda", Decision(True, "one kernel for q and k")),
+    Entry("norm", "*", _AS_FAST),
+    Entry("add_rms_norm", "*", _AS_FAST),
+)
+
+
+def decide(target: str, kind: str, facts: Facts) -> Decision:
+    """The decision of the table's first entry that fits. Without an entry a kind is left.
+
+    Example:
+        decide("cuda", "add_rms_norm", Facts(rows=1)).fuse
+    """
+    for entry in TABLE:
+        known = entry.most_rows is None or (
+            facts.rows is not None and facts.rows <= entry.most_rows
+        )
+        if entry.kind == kind and entry.target in (target, "*") and known:
+            return entry.decision
+    return Decision(False, "nobody has measured it")
