@@ -12,14 +12,17 @@ from torch import fx
 
 from fxfuse.functional import without_own_writes
 from fxfuse.lens import look
+from fxfuse.lowering import gate, norm_launch
 from fxfuse.lowering.providers import Facts, choose
 from fxfuse.patterns.plan import plan
 from fxfuse.patterns.read import read
-from fxfuse.patterns.site import Decoded, Site
+from fxfuse.patterns.record import AddNorm, Record
+from fxfuse.patterns.site import Decoded, Gate, NormSite, Site
 from fxfuse.patterns.value import Kind
-from fxfuse.report import Report, fused_of
+from fxfuse.report import Report, fused_norm, fused_of
 from fxfuse.rewrite import rewrite
 from fxfuse.settings import FxfuseError, Settings
+from fxfuse.slots import Slot
 from fxfuse.torch_private import keeps_rounding_points, source_name
 
 log = logging.getLogger(__name__)
@@ -44,11 +47,11 @@ def fuse_graph(gm: fx.GraphModule, settings: Settings) -> tuple[fx.GraphModule, 
         report.notes.append(f"not fused, an error of fxfuse: {reason}")
         return gm, report
     log.debug("%s", report)
-    left = [r for r in report.refused if r.stage not in ("store", "cut")]
-    if settings.strict and left:
+    refused = [r for r in report.refused if r.stage not in ("store", "cut", "norm")]
+    if settings.strict and refused:
         raise FxfuseError(
             "fxfuse: strict=True and a rotation was not fused:\n"
-            + "\n".join(f"  {r}" for r in left)
+            + "\n".join(f"  {r}" for r in refused)
             + "\nfuse it by changing the model's spelling there, or compile with strict=False"
         )
     return fused, report
@@ -67,21 +70,41 @@ def _fuse(gm: fx.GraphModule, settings: Settings, report: Report) -> fx.GraphMod
     with _timed(report, "read"):
         reading = read(view, placeholder_kinds(gm))
     with _timed(report, "plan"):
-        planned = plan(reading, store="store" not in settings.disable, training=training)
+        planned = plan(
+            reading,
+            store="store" not in settings.disable,
+            training=training,
+            gate=_gate(settings),
+        )
     for bug in planned.disproved:
         log.error("fxfuse: a proof failed, the site is left alone (please report this): %s", bug)
     report.refused += planned.refusals
+    report.left += planned.left
     if training and planned.sites:
         report.notes.append(
             "gradients are needed: norm and RoPE are fused with their gradients, cache writes stay "
             "the model's; for inference compile under torch.no_grad()"
         )
-    if not planned.sites:
+    if not planned.sites and not planned.norms:
         return given
     with _timed(report, "rewrite"):
         fused = rewrite(gm, view, planned)
     report.fused += [fused_of(site, _provider(site, settings)) for site in planned.sites]
+    report.fused += [fused_norm(site, _norm_provider(site, settings)) for site in planned.norms]
     return fused
+
+
+def _gate(settings: Settings) -> Gate:
+    """Why the settings, or the gate's table, leave a site to the compiler."""
+
+    def reason(kind: str, slot: Slot, rows: int | None, record: Record | AddNorm | None) -> str:
+        if settings.gate != "auto":
+            return "" if settings.gate == "always" else "gate='never'"
+        target = slot.device.type
+        decision = gate.decide(target, kind, gate.Facts(rows, record))
+        return "" if decision.fuse else f"{decision.reason} (target {target})"
+
+    return reason
 
 
 def _reason_to_leave(settings: Settings) -> str:
@@ -108,6 +131,14 @@ def _provider(site: Site, settings: Settings) -> str:
 
     facts = Facts(site.record, tuple(size(s, 2) for s in (site.q, site.k, site.v)), size(site.q, 0))
     return choose(site.q.slot.device.type, facts).provider
+
+
+def _norm_provider(site: NormSite, settings: Settings) -> str:
+    if settings.compiler != "inductor":
+        return "reference"
+    leaves, slot = [a.leaf for a in site.addends], site.normed.slot
+    dtypes = tuple(leaf.dtype for leaf in leaves)
+    return norm_launch.choose(slot.device.type, site.record, slot.shape, dtypes).provider
 
 
 def placeholder_kinds(gm: fx.GraphModule) -> dict[fx.Node, Kind]:

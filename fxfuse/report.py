@@ -8,8 +8,8 @@ import threading
 from collections import Counter
 from typing import Any
 
-from fxfuse.patterns.record import Record, Stream
-from fxfuse.patterns.site import Refusal, Site, location
+from fxfuse.patterns.record import AddNorm, Norm, Record
+from fxfuse.patterns.site import Left, NormSite, Refusal, Site, location
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,8 +22,8 @@ class Fused:
     where: str
     op: str
     provider: str
-    record: Record
-    eps: tuple[Any, Any]
+    record: Record | AddNorm
+    eps: tuple[Any, ...]
     kind: str = "attention"
 
 
@@ -33,6 +33,7 @@ class Report:
 
     fused: list[Fused] = dataclasses.field(default_factory=list)
     refused: list[Refusal] = dataclasses.field(default_factory=list)
+    left: list[Left] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
     milliseconds: dict[str, float] = dataclasses.field(default_factory=dict)
     graphs: int = 0
@@ -41,6 +42,7 @@ class Report:
         """Take in the report of a further graph."""
         self.fused += other.fused
         self.refused += other.refused
+        self.left += other.left
         self.notes += [n for n in other.notes if n not in self.notes]
         self.graphs += other.graphs
         for stage, ms in other.milliseconds.items():
@@ -58,13 +60,14 @@ class Report:
             f"fxfuse: {len(self.fused)} fused, {len(self.refused)} refused, {self.graphs} graph(s)"
         ]
         rows = Counter(
-            (" + ".join(f.stages), _short(f.record.q), f.op, f.provider, f.where)
-            for f in self.fused
+            (" + ".join(f.stages), _short(f.record), f.op, f.provider, f.where) for f in self.fused
         )
         for (stages, rotation, op, provider, where), count in rows.items():
             lines.append(f"  {count:3d} × {stages}  [{rotation}]  {op} by {provider}  {where}")
         for refusal, count in Counter(map(str, self.refused)).items():
             lines.append(f"  refused {count} × {refusal}")
+        for (kind, reason), count in Counter((x.kind, x.reason) for x in self.left).items():
+            lines.append(f"  left {count} × {KINDS.get(kind, kind)}: {reason}")
         lines += [f"  note: {note}" for note in self.notes]
         if self.milliseconds:
             times = ", ".join(f"{k} {v:.0f}" for k, v in self.milliseconds.items())
@@ -80,7 +83,18 @@ class Report:
         )
 
 
-def _short(stream: Stream) -> str:
+# What the report calls a kind of site.
+KINDS = {
+    "attention": "norm and rotation of q and k",
+    "norm": "norm of q and k",
+    "add_rms_norm": "add + rms_norm",
+}
+
+
+def _short(record: Record | AddNorm) -> str:
+    if isinstance(record, AddNorm):
+        return f"{record.channels} channels"
+    stream = record.q
     rotation = stream.rotation
     if rotation is None:
         return "no rotation"
@@ -89,16 +103,27 @@ def _short(stream: Stream) -> str:
     return f"{width}{stream.channels} channels, {'adjacent' if adjacent else 'half'} pairs"
 
 
-def stages_of(record: Record) -> tuple[str, ...]:
+def stages_of(record: Record | AddNorm) -> tuple[str, ...]:
     """The stages of a site in the order they are computed."""
+    if isinstance(record, AddNorm):
+        return (*["add"] * (record.addends - 1), _norm_name(record.norm))
     norm = record.q.norm
-    name = []
-    if norm is not None:
-        over = f"{norm.kind}_norm" if norm.over == "head" else "weight"
-        name = [f"{over}(1+w)" if norm.weight_offset else over]
-    order = [*name, "rope"] if norm is None or norm.when == "before" else ["rope", *name]
+    name = [] if norm is None else [_norm_name(norm)]
+    turn = [] if record.q.rotation is None else ["rope"]
+    order = [*name, *turn] if norm is None or norm.when == "before" else [*turn, *name]
     stored = [n for n, s in (("k", record.k), ("v", record.v)) if s is not None]
     return (*order, *([f"store({','.join(stored)})"] if record.store else []))
+
+
+def _norm_name(norm: Norm) -> str:
+    over = f"{norm.kind}_norm" if norm.over == "head" else "weight"
+    return f"{over}(1+w)" if norm.weight_offset else over
+
+
+def fused_norm(site: NormSite, provider: str) -> Fused:
+    where, eps = location(site.normed.slot.node), (site.normed.eps,)
+    op = "fxfuse::add_rms_norm"
+    return Fused(stages_of(site.record), where, op, provider, site.record, eps, site.kind)
 
 
 def fused_of(site: Site, provider: str) -> Fused:
@@ -110,7 +135,7 @@ def fused_of(site: Site, provider: str) -> Fused:
 
 
 _lock = threading.Lock()
-_counts: Counter[str] = Counter({"attention": 0, "store": 0})
+_counts: Counter[str] = Counter({"attention": 0, "store": 0, "norm": 0})
 _last: Report | None = None
 
 
@@ -120,7 +145,8 @@ def publish(report: Report) -> None:
     with _lock:
         _last = report
         _counts.update(f.kind for f in report.fused)
-        _counts["store"] += sum(f.record.store is not None for f in report.fused)
+        records = [f.record for f in report.fused]
+        _counts["store"] += sum(isinstance(r, Record) and r.store is not None for r in records)
 
 
 def last_report() -> Report | None:
@@ -132,8 +158,9 @@ def last_report() -> Report | None:
 
 def counts() -> dict[str, int]:
     """Sites fused since import: "attention" for each attention layer of each compiled graph whose
-    rotation was fused, "store" for each of those whose site includes the KV-cache store, "key"
-    for each k that was fused apart from its q.
+    rotation was fused, "norm" for each whose norms of q and k were, without a rotation, "store" for
+    each of those whose site includes the KV-cache store, "key" for each k that was fused apart from
+    its q, "add_rms_norm" for each norm over the hidden width.
     """
     with _lock:
         return dict(_counts)

@@ -11,9 +11,10 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import fxfuse.ops  # noqa: F401  defines the ops that are called here
+import fxfuse.add_norm
+import fxfuse.ops  # noqa: F401  these two define the ops that are called here
 from fxfuse.patterns.plan import Plan
-from fxfuse.patterns.site import Access, Decoded, Site, StoreWrite
+from fxfuse.patterns.site import Access, Decoded, NormSite, Site, StoreWrite
 from fxfuse.slots import Call, Scalar, Slot, View, slots_of
 from fxfuse.torch_private import copy_graph, fake_mode_of, size_of, with_graph, without_guards
 
@@ -24,6 +25,8 @@ def rewrite(gm: fx.GraphModule, view: View, plan: Plan) -> fx.GraphModule:
     editor = _Editor(graph, view, nodes, fake_mode_of(gm))
     for site in plan.sites:
         editor.replace(site)
+    for norm in plan.norms:
+        editor.replace_norm(norm)
     editor.erase()
     graph.lint()
     return with_graph(gm, graph)
@@ -44,6 +47,7 @@ class _Editor:
             for slot in call.inputs():
                 self.readers.setdefault(slot, set()).add(nodes[call.node])
         self.dead: list[fx.Node] = []
+        self.sums: dict[Slot, fx.Node] = {}
 
     def replace(self, site: Site) -> None:
         graph = self.graph
@@ -95,6 +99,22 @@ class _Editor:
         value = self._operand(v.x, anchor) if v else None
         args = (*operands, value, *extras, slots, *caches, *eps, text)
         return self._add(torch.ops.fxfuse.norm_rope_store_.default, args, anchor)
+
+    def replace_norm(self, site: NormSite) -> None:
+        """Sums and norms come in the graph's order: one may add to the sum of another."""
+        normed = site.normed
+        anchor = self.nodes[normed.slot.node]
+        addends = [self.sums.get(a.leaf.slot) or self._operand(a, anchor) for a in site.addends]
+        with self.graph.inserting_before(self.nodes[site.before]):
+            weight = self._operand(normed.weight, anchor) if normed.weight else None
+            args = (*(*addends, None, None)[:3], weight, self._number(normed.eps))
+            op = self._add(
+                torch.ops.fxfuse.add_rms_norm.default, (*args, site.record.to_text()), anchor
+            )
+            for i, slot in enumerate((site.sum, normed.slot)):
+                if slot is not None:
+                    new = self.sums[slot] = self._add(operator.getitem, (op, i), anchor)
+                    self._substitute(slot, new)
 
     def _cache(self, store: StoreWrite, anchor: fx.Node) -> fx.Node:
         node = self._holder(store.cache)

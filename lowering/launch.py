@@ -10,6 +10,8 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch.utils._sympy.functions import FloorDiv
+
 from fxfuse.lowering.tiles import Tile, tile_for
 from fxfuse.patterns.record import Pair, Pass, Record, Stream
 
@@ -72,7 +74,7 @@ def plan(
         constants[name] = _stream(stream or record.q, programs[-1], count, weight)
         constants[f"{name}_ROW"] = _row(stream or record.q)
     constants |= {"TOKENS": tile.tokens, "HEADS": tile.heads, "SINGLE": q.shape[:2] == (1, 1)}
-    grid = (-(-q.shape[1] // tile.tokens) * sum(programs), q.shape[0])
+    grid = (ceil_div(q.shape[1], tile.tokens) * sum(programs), q.shape[0])
     pointers, strides = _pointers(operands), _strides(record, operands)
     arguments = pointers | _scalars(record, operands, eps)
     numbers = [n for part in strides.values() for n in part]
@@ -91,6 +93,13 @@ def _needed(operands: Mapping[str, Operand | None], name: str) -> Operand:
     operand = operands.get(name)
     assert operand is not None, name
     return operand
+
+
+def ceil_div(n: Size, by: int) -> Size:
+    """ceil(n / by); of a symbolic size as Inductor prints it."""
+    if by == 1:
+        return n
+    return -(-n // by) if isinstance(n, int) else FloorDiv(n + by - 1, by)
 
 
 def power_above(n: int) -> int:

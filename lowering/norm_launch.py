@@ -47,8 +47,7 @@ def plan(
     elements = next(n for most, n in TABLE if most is None or rows <= most)
     block = power_above(record.channels)
     batch, tokens = _rows(x.shape)
-    # A symbolic grid is not divided.
-    tile_rows = max(1, elements // block) if isinstance(tokens, int) else 1
+    tile_rows = max(1, elements // block)
     # An absent operand is never touched; a pointer has to stand there all the same.
     arguments = {f"{n}_ptr": (o or x).value for n, o in zip(ADDENDS, found, strict=True)}
     arguments |= {"weight_ptr": (weight or x).value}
@@ -69,8 +68,8 @@ def plan(
         "HAS_WEIGHT": weight is not None,
         "OFFSET": record.norm.weight_offset,
     }
-    programs = tokens if tile_rows == 1 else -(-tokens // tile_rows)
-    return Launch(arguments, constants, (programs, batch), _warps(block * tile_rows))
+    grid = (ceil_div(tokens, tile_rows), batch)
+    return Launch("add_rms_norm", arguments, constants, grid, _warps(block * tile_rows))
 
 
 def _warps(elements: int) -> int:

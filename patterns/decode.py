@@ -40,7 +40,7 @@ from fxfuse.patterns.roles import (
     sort,
     split_bias,
 )
-from fxfuse.patterns.rotation import Entry, pair_up
+from fxfuse.patterns.rotation import Entry, pair_up, pass_through
 from fxfuse.patterns.site import Access, Decoded
 from fxfuse.patterns.value import Atom, Factor, Index, Kind, Leaf, Value, is_statistic
 from fxfuse.slots import Scalar, Slot
@@ -94,7 +94,11 @@ def _before(slot: Slot, parts: Parts, bias: Value | None) -> Decoded:
             raise Refused(f"a norm over {statistic.count} channels of {channels}")
         start = statistic.start
     entries = entries_of(parts, start)
-    rotation, passes, scale, cos, sin = pair_up(entries, channels)
+    # A product by no table is a norm alone.
+    rotates = len(parts.tables) > 1 or parts.tables[0] is not None
+    rotation, passes, scale, cos, sin = (
+        pair_up(entries, channels) if rotates else pass_through(entries)
+    )
     rows, by_head = _rows(parts)
     atoms = [parts.value.dims[r] if r is not None else () for r in rows]
     if rotation is not None and by_head:

@@ -1,24 +1,27 @@
 """The frontier: for each rotated value, the last slot that a stream can make and something needs.
 
 Calls are visited last to first. One whose results nobody outside a stream reads is absorbed by that
-stream; of the others, each with a rotated Value is decoded and proved, or refused with the reason.
+stream; of the others, each with a rotated Value is decoded and proved, or refused with the reason;
+and so is each normed q or k of an attention that reads it unrotated.
 """
 
 import dataclasses
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import fx
 
 from fxfuse.patterns.access import Refused
+from fxfuse.patterns.attention import Reader, statistic_in
 from fxfuse.patterns.cut import cuts
 from fxfuse.patterns.decode import decode, is_rotated
 from fxfuse.patterns.norms import NORM_KINDS
 from fxfuse.patterns.prove import Disproved, Untried, prove
 from fxfuse.patterns.read import Reading
 from fxfuse.patterns.site import Decoded
-from fxfuse.patterns.value import Value
+from fxfuse.patterns.value import Leaf, Value
 from fxfuse.slots import Call, Scalar, Slot, slots_of
 
 aten = torch.ops.aten
@@ -43,10 +46,17 @@ class Uses:
 
 
 class Frontier:
-    """The streams of a graph, the calls they absorb, and (stage, reason) of each refused slot."""
+    """The streams of a graph, the calls they absorb, and (stage, reason) of each refused slot.
 
-    def __init__(self, reading: Reading, *, training: bool) -> None:
+    readers  who reads a normed and unrotated q or k, by its statistic
+    normed   other normed values that are needed, last to first
+    """
+
+    def __init__(self, reading: Reading, readers: Mapping[Leaf, Reader], *, training: bool) -> None:
         self.reading = reading
+        self.readers = readers
+        self.reader_of: dict[Slot, Reader] = {}
+        self.normed: list[tuple[Leaf, Slot, Value]] = []
         self.training = training
         self.uses = Uses(reading)
         self.grad_modes = _grad_modes(reading.view.graph)
@@ -69,20 +79,31 @@ class Frontier:
             return
         slot = call.outs[0]
         value = self.reading.values[slot]
-        if not (self._computes(call) and is_rotated(value)):
+        if not self._computes(call):
             return
+        if is_rotated(value):
+            self._try(call, slot, value, "decode")
+        elif (leaf := statistic_in(value)) in self.readers:
+            self._try(call, slot, value, "norm")
+        elif leaf is not None:
+            self.normed.append((leaf, slot, value))
+
+    def _try(self, call: Call, slot: Slot, value: Value, stage: str) -> None:
+        """Accept a value, or say why not; `stage` is what a refusal names."""
         try:
             self._accept(call, slot, value)
         except Disproved as error:
             self.refused[slot] = ("prove", str(error))
             self.disproved.append(f"{slot.node.name}: {error}")
         except Exception as error:
-            stage, reason = "prove" if isinstance(error, Untried) else "decode", str(error)
+            reason = str(error)
+            if isinstance(error, Untried) and stage != "norm":
+                stage = "prove"
             if not isinstance(error, (Refused, Untried)):
                 name = slot.node.name
                 log.warning("fxfuse: an error of fxfuse, %s is left alone", name, exc_info=True)
                 reason = f"an error of fxfuse: {type(error).__name__}: {error}"
-            if self._accept_part(call, slot):
+            if stage != "norm" and self._accept_part(call, slot):
                 stage, reason = "cut", f"what comes before the rotation: {reason}"
             self.refused[slot] = (stage, reason)
 
@@ -119,10 +140,12 @@ class Frontier:
         if slot not in self.uses.holder:
             raise Refused("a result inside one call of the model's graph")
         decoded = decode(slot, value)
+        if decoded.stream.rotation is None:
+            self._check_norm(decoded, value)
         for access in decoded.accesses():
             self._check_operand(access.leaf.slot, slot)
         if self.training:
-            self._check_gradients(decoded)
+            self.check_gradients(decoded)
         prove(decoded)
         stream = dataclasses.replace(
             decoded.stream,
@@ -132,6 +155,13 @@ class Frontier:
         self.streams.append(dataclasses.replace(decoded, stream=stream))
         self.absorbed.add(call)
         self.operands.update(a.leaf.slot for a in decoded.accesses())
+
+    def _check_norm(self, decoded: Decoded, value: Value) -> None:
+        """Raises Refused where a stream without a rotation is not the norm of one head."""
+        norm, leaf = decoded.stream.norm, statistic_in(value)
+        if norm is None or norm.over != "head" or leaf is None or leaf not in self.readers:
+            raise Refused("a norm over other channels than a head's")
+        self.reader_of[decoded.slot] = self.readers[leaf]
 
     def _check_operand(self, operand: Any, slot: Slot) -> None:
         if isinstance(operand, Scalar):
@@ -143,7 +173,7 @@ class Frontier:
         if operand.device != slot.device:
             raise Refused(f"operands on {operand.device} and {slot.device}")
 
-    def _check_gradients(self, decoded: Decoded) -> None:
+    def check_gradients(self, decoded: Decoded) -> None:
         """Raises Refused where the op's gradient would not be the graph's."""
         norm = decoded.stream.norm
         if norm is not None and NORM_KINDS[norm.kind].slope is None:
@@ -154,13 +184,13 @@ class Frontier:
                 example = self.uses.holder[slot].meta.get("example_value")
                 if isinstance(example, torch.Tensor) and example.requires_grad:
                     raise Refused("a table that requires a gradient")
-        chain = self._chain(decoded)
+        chain = self.chain(decoded)
         if any(call.op == aten.detach.default for call in chain):
             raise Refused("a detached value: the op would give it a gradient")
         if len({self.grad_modes[call.node] for call in chain}) > 1:
             raise Refused("a chain that is computed in part without gradients")
 
-    def _chain(self, decoded: Decoded) -> list[Call]:
+    def chain(self, decoded: Decoded) -> list[Call]:
         """The calls that make a stream's result from its operands."""
         ends = {a.leaf.slot for a in decoded.accesses()}
         found: dict[Call, None] = {}

@@ -50,7 +50,7 @@ class Memory:
                     raise Refused(f"{node.name} is computed after the first use of the result")
                 if isinstance(slot, Slot):
                     self._check_version(slot, access.leaf.version, before)
-            self._check_region(decoded.slot.node, before)
+            self.check_region(decoded.slot.node, before)
         for store in stores:
             self._check_store(store, stores, before, holder)
 
@@ -58,7 +58,7 @@ class Memory:
         if self.version(slot.storage, before) != version:
             raise Refused(f"{slot.node.name} is written between its use and the fused op")
 
-    def _check_region(self, start: fx.Node, end: fx.Node) -> None:
+    def check_region(self, start: fx.Node, end: fx.Node) -> None:
         """No op may leave the grad mode it was written in. It may leave an autocast region: what
         autocast does is in the calls the lens saw, and to the op and its views it does nothing.
         """

@@ -12,35 +12,51 @@ import torch
 from torch import fx
 
 from fxfuse.patterns.access import Refused
-from fxfuse.patterns.cut import seen_from
+from fxfuse.patterns.add_norm import Norms, rows_count
+from fxfuse.patterns.attention import ATTENTION, normed_operands, operand_index
 from fxfuse.patterns.frontier import Frontier
 from fxfuse.patterns.memory import Memory
 from fxfuse.patterns.read import Reading
 from fxfuse.patterns.record import Record
-from fxfuse.patterns.site import Decoded, Refusal, Site, StoreWrite, location
-from fxfuse.patterns.stores import find_stores, stored_copy
-from fxfuse.slots import Call, Scalar, Slot
+from fxfuse.patterns.site import (
+    Decoded,
+    Gate,
+    Left,
+    NormSite,
+    Refusal,
+    Site,
+    StoreWrite,
+    fuse_all,
+    location,
+)
+from fxfuse.patterns.stores import find_stores, rows_fit, stored_copy
+from fxfuse.slots import Call, Scalar, Size, Slot
 
 aten = torch.ops.aten
 
 
 @dataclasses.dataclass
 class Plan:
-    """What to rewrite, what was refused, and what was disproved (each of those a bug of fxfuse)."""
+    """What to rewrite, what was refused, what was disproved (each of those a bug of fxfuse), and
+    what the gate leaves to the compiler.
+    """
 
     sites: list[Site]
     refusals: list[Refusal]
     disproved: list[str] = dataclasses.field(default_factory=list)
+    norms: list[NormSite] = dataclasses.field(default_factory=list)
+    left: list[Left] = dataclasses.field(default_factory=list)
 
 
 class _Planner:
-    def __init__(self, reading: Reading, store: bool, training: bool) -> None:
-        self.reading = reading
-        frontier = Frontier(reading, training=training)
+    def __init__(self, reading: Reading, store: bool, training: bool, gate: Gate) -> None:
+        self.reading, self.gate = reading, gate
+        self.stores, self.no_stores = find_stores(reading)
+        readers = normed_operands(reading, self.stores)
+        frontier = self.frontier = Frontier(reading, readers, training=training)
         self.uses, self.absorbed = frontier.uses, frontier.absorbed
         self.streams, self.refused = frontier.streams, frontier.refused
         self.memory = Memory(reading)
-        self.stores, self.no_stores = find_stores(reading)
         self.may_store = store and not training
         self.store_reasons: dict[Call, str] = {}
         self.plan = Plan([], [], frontier.disproved)
@@ -67,15 +83,32 @@ class _Planner:
             if site is not None:
                 self.plan.sites.append(site)
         self._tell_keys()
-        self._report_refusals()
+        made = {d.slot for site in self.plan.sites for d in site.streams()}
+        self.plan.sites = [site for site in self.plan.sites if not self._is_left(site)]
+        self._report_refusals(made)
+        norms = Norms(self.reading, self.frontier, self.memory, self.gate)
+        self.plan.norms = norms.sites
+        self.plan.left += norms.left
+        self.plan.refusals += norms.refusals
+        self.plan.disproved += norms.disproved
         return self.plan
+
+    def _is_left(self, site: Site) -> bool:
+        """Whether the gate leaves a site to the compiler."""
+        kind = "norm" if site.record.q.rotation is None else "attention"
+        slot, rows = site.q.slot, [r for r in site.q.rows[:2] if r is not None]
+        count = rows_count(tuple(slot.shape[r] for r in rows))
+        reason = self.gate(kind, slot, count, site.record)
+        if reason:
+            self.plan.left.append(Left(kind, reason, slot.node.name, location(slot.node)))
+        return bool(reason)
 
     def _tell_keys(self) -> None:
         """One attention is one site of the kind "attention", also where q and k do not join."""
         sites = self.plan.sites
         for i in range(1, len(sites)):
             site, other = sites[i - 1], sites[i]
-            alone = site.is_single() and other.is_single() and site.kind == "attention"
+            alone = site.is_single() and other.is_single() and site.kind != "key"
             if alone and self._is_key(other.q) != self._is_key(site.q):
                 sites[i] = dataclasses.replace(other, kind="key")
 
@@ -83,7 +116,13 @@ class _Planner:
         return self._operand_of_attention(decoded) == 1 or self._store_of(decoded) is not None
 
     def _joinable(self, a: Decoded, b: Decoded) -> bool:
-        """Streams of one attention: they turn by the same rows of the same tables."""
+        """Streams of one attention: they turn by the same rows of the same tables; or it reads them
+        unrotated, one as q and one as k, of as many tokens.
+        """
+        if a.stream.rotation is None or b.stream.rotation is None:
+            (call, i), (other, j) = (self.frontier.reader_of.get(d.slot, (None, 0)) for d in (a, b))
+            alike = _row_sizes(a) == _row_sizes(b) and a.value.dtype == b.value.dtype
+            return call is not None and call is other and i != j and alike
         return a.cos == b.cos and a.sin == b.sin and a.value.dtype == b.value.dtype
 
     def _site(self, a: Decoded, b: Decoded | None) -> Site | None:
@@ -132,10 +171,8 @@ class _Planner:
         while waiting:
             slot = waiting.pop()
             for call in self.uses.consumers.get(slot, []):
-                if call.op in (aten.scaled_dot_product_attention.default, aten.matmul.default):
-                    names = ("query", "key", "value")
-                    given = dict(zip(names, call.args, strict=False)) | call.kwargs
-                    return next((i for i, n in enumerate(names) if given.get(n) is slot), None)
+                if call.op in ATTENTION:
+                    return operand_index(call, slot)
                 read = call in self.reading.relations or call.op == aten.cat.default
                 if read and call not in seen:
                     seen.add(call)
@@ -145,7 +182,7 @@ class _Planner:
     def _store_of(self, decoded: Decoded) -> StoreWrite | None:
         """The cache write of a stream's result, seen through views."""
         for store in self.stored_from.get(decoded.slot, ()):
-            if _rows_fit(self.reading, store, decoded):
+            if rows_fit(self.reading, store, decoded):
                 return store
         return None
 
@@ -206,7 +243,8 @@ class _Planner:
             v.stream if v else None,
             k_store.record if k_store else None,
         )
-        return Site(record, q, k, v, k_store, v_store, before, sunk)
+        kind = "norm" if record.q.rotation is None else "attention"
+        return Site(record, q, k, v, k_store, v_store, before, sunk, kind)
 
     def _kept(self, decoded: Decoded, store: StoreWrite | None) -> Decoded:
         """keep=False where the cache alone receives the result."""
@@ -263,15 +301,16 @@ class _Planner:
         early = {v for v in views if index[v] < index[before]}
         return before, tuple(sorted(early, key=index.__getitem__))
 
-    def _report_refusals(self) -> None:
+    def _report_refusals(self, made: set[Slot]) -> None:
         """One refusal for each rotated value that no site makes; what a site makes otherwise is no
-        refusal.
+        refusal, nor is a norm that the gate leaves.
         """
-        made = {d.slot for site in self.plan.sites for d in site.streams()}
         reported: set[Slot] = set()
         for slot, (stage, reason) in self.refused.items():
             below = self._below(slot)
             if below & made or any(slot in self._below(other) for other in reported):
+                continue
+            if stage == "norm" and self.gate(stage, slot, None, None):
                 continue
             reported.add(slot)
             self.plan.refusals.append(Refusal(stage, slot.node.name, reason, location(slot.node)))
@@ -339,25 +378,17 @@ def _without_heads(k: Decoded) -> Decoded:
     return dataclasses.replace(k, stream=stream, weight=weight, scale=scale)
 
 
-def _rows_fit(reading: Reading, store: StoreWrite, decoded: Decoded) -> bool:
-    """Whether the stored value's axes are the stream's batch, head and token axes in the cache's
-    order.
-    """
-    order = (0, 2, 1) if store.record.heads_first else (0, 1, 2)
-    value = seen_from(reading, decoded.slot, store.value)
-    if value is None or len(value.terms) != 1 or len(value.dims) + len(store.lifted()) != 4:
-        return False
-    rows = [*(decoded.rows[i] for i in order), len(decoded.slot.shape) - 1]
-    axes = value.terms[0].factors[0].axes
-    whole = [() if j is None else tuple(a for a, _ in axes[j].strides) for j in rows]
-    stored = [() if (j := store.axis(i)) is None else value.dims[j] for i in range(4)]
-    return stored == whole
+def _row_sizes(decoded: Decoded) -> list[Size]:
+    """Batch and tokens."""
+    return [1 if r is None else decoded.slot.shape[r] for r in decoded.rows[:2]]
 
 
-def plan(reading: Reading, *, store: bool = True, training: bool = False) -> Plan:
+def plan(
+    reading: Reading, *, store: bool = True, training: bool = False, gate: Gate = fuse_all
+) -> Plan:
     """Plan the sites of a graph.
 
     store=False leaves every cache write to the model; so does training=True, and a stream that the
-    op has no gradient for is refused.
+    op has no gradient for is refused. The gate says what is left to the compiler.
     """
-    return _Planner(reading, store, training).run()
+    return _Planner(reading, store, training, gate).run()

@@ -17,6 +17,18 @@ class Entry:
     place: int
 
 
+def pass_through(
+    entries: list[list[Entry]],
+) -> tuple[Rotation | None, tuple[Pass, ...], float, Leaf | None, Leaf | None]:
+    """As `pair_up`, of channels of which none is rotated."""
+    sizes = {e.coefficient for row in entries for e in row}
+    if len(sizes) != 1 or any(len(row) != 1 for row in entries) or min(sizes) < 0:
+        raise Refused(f"channels of different scale: {sorted(sizes)}")
+    if sorted(row[0].channel for row in entries) != list(range(len(entries))):
+        raise Refused("channels that are used twice, or not at all")
+    return None, _passes(entries, list(range(len(entries)))), sizes.pop(), None, None
+
+
 def pair_up(
     entries: list[list[Entry]], channels: int
 ) -> tuple[Rotation | None, tuple[Pass, ...], float, Leaf | None, Leaf | None]:

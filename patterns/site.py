@@ -3,12 +3,13 @@ say why not.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
 from torch import fx
 
-from fxfuse.patterns.record import Record, Store, Stream
+from fxfuse.patterns.record import AddNorm, Record, Store, Stream
 from fxfuse.patterns.value import Leaf, Value
 from fxfuse.slots import Call, Scalar, Slot
 
@@ -102,7 +103,8 @@ class Site:
     """One fused op: its record, its streams (q first), its stores, the node it is inserted before,
     and views of its results that the model takes before that node and that move behind the op.
     A k that is stored by an op of its own stands for its q too, of which the op sees no head.
-    `kind` is "key" for the k of an attention whose q is a site of its own, else "attention".
+    `kind` is "key" for the k of an attention whose q is a site of its own, "norm" where q and k are
+    normed and not rotated, else "attention".
     """
 
     record: Record
@@ -126,6 +128,41 @@ class Site:
 
     def stores(self) -> list[StoreWrite]:
         return [s for s in (self.k_store, self.v_store) if s is not None]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class NormSite:
+    """One fused norm over the hidden width, with the sum in front of it where the op makes that:
+    its record, the normed stream (read over the sum), the addends, and the node it is inserted
+    before.
+    """
+
+    record: AddNorm
+    normed: Decoded
+    addends: tuple[Access, ...]
+    sum: Slot | None
+    before: fx.Node
+    kind: str = "add_rms_norm"
+
+
+@dataclasses.dataclass(frozen=True)
+class Left:
+    """A site that the gate leaves to the compiler: neither fused nor refused."""
+
+    kind: str
+    reason: str
+    node: str
+    where: str
+
+
+# Why a site of a kind that makes a slot is left to the compiler, or nothing. The record is None
+# before it is known; the number is of rows, None where symbolic.
+Gate: TypeAlias = Callable[[str, Slot, "int | None", "Record | AddNorm | None"], str]
+
+
+def fuse_all(kind: str, slot: Slot, rows: int | None, record: Record | AddNorm | None) -> str:
+    """The gate that leaves nothing."""
+    return ""
 
 
 def location(node: fx.Node) -> str:

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 import torch
 
 from fxfuse.patterns.access import Refused
+from fxfuse.patterns.cut import seen_from
 from fxfuse.patterns.read import Reading
 from fxfuse.patterns.record import Pass, Store, Stream
 from fxfuse.patterns.site import Access, Decoded, StoreWrite
@@ -125,3 +126,18 @@ def stored_copy(reading: Reading, store: StoreWrite) -> Decoded | None:
     b, t, h = (store.axis(i) for i in order[:3])
     steps = (*store.lifted(), ("permute", order))
     return Decoded(slot, value, stream, (b, t, h), Access(leaf, steps))
+
+
+def rows_fit(reading: Reading, store: StoreWrite, decoded: Decoded) -> bool:
+    """Whether the stored value's axes are the stream's batch, head and token axes in the cache's
+    order.
+    """
+    order = (0, 2, 1) if store.record.heads_first else (0, 1, 2)
+    value = seen_from(reading, decoded.slot, store.value)
+    if value is None or len(value.terms) != 1 or len(value.dims) + len(store.lifted()) != 4:
+        return False
+    rows = [*(decoded.rows[i] for i in order), len(decoded.slot.shape) - 1]
+    axes = value.terms[0].factors[0].axes
+    whole = [() if j is None else tuple(a for a, _ in axes[j].strides) for j in rows]
+    stored = [() if (j := store.axis(i)) is None else value.dims[j] for i in range(4)]
+    return stored == whole
