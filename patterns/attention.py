@@ -5,9 +5,11 @@ from typing import TypeAlias
 
 import torch
 
+from fxfuse.patterns.access import Refused
+from fxfuse.patterns.norms import read_statistic
 from fxfuse.patterns.read import Reading
 from fxfuse.patterns.site import StoreWrite
-from fxfuse.patterns.value import Leaf, Value, is_statistic
+from fxfuse.patterns.value import Leaf, Size, Value, is_statistic
 from fxfuse.slots import Call, Slot, slots_of
 
 aten = torch.ops.aten
@@ -34,7 +36,9 @@ def statistic_in(value: Value) -> Leaf | None:
 
 
 def normed_operands(reading: Reading, stores: Sequence[StoreWrite]) -> dict[Leaf, Reader]:
-    """By their row statistic, the q and k of each attention that are both normed, not rotated."""
+    """By their row statistic, the q and k of each attention that are both normed by head, not
+    rotated.
+    """
     readers: dict[Leaf, Reader] = {}
     written: dict[int, list[StoreWrite]] = {}
     for store in stores:
@@ -43,16 +47,23 @@ def normed_operands(reading: Reading, stores: Sequence[StoreWrite]) -> dict[Leaf
         if call.op not in ATTENTION:
             continue
         given = dict(zip(NAMES, call.args, strict=False)) | call.kwargs
-        sides = [given.get(name) for name in NAMES[:2]]
-        found = [
-            _statistics(reading, written, slot, reading.positions[call])
-            if isinstance(slot, Slot)
-            else []
-            for slot in sides
-        ]
+        q, k = (given.get(name) for name in NAMES[:2])
+        if not isinstance(q, Slot) or not isinstance(k, Slot) or not q.shape:
+            continue
+        at = reading.positions[call]
+        found = [_statistics(reading, written, slot, at) for slot in (q, k)]
+        found = [[x for x in side if _is_over(x, q.shape[-1])] for side in found]
         if all(found):
             readers |= {leaf: (call, i) for i, side in enumerate(found) for leaf in side}
     return readers
+
+
+def _is_over(leaf: Leaf, channels: Size) -> bool:
+    """Whether a statistic is one of as many channels as a head has."""
+    try:
+        return bool(read_statistic(leaf).count == channels)
+    except Refused:
+        return False
 
 
 def _statistics(

@@ -1,0 +1,438 @@
+"""Norms over the hidden width and the sums in front of them: found, left, or refused."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fxfuse
+from fxfuse import passes
+from fxfuse.lowering import gate
+from fxfuse.patterns.record import AddNorm, Norm
+from fxfuse.settings import Settings
+from tests.norm_toys import Residual, compiled, pre_norm
+from tests.spellings import NORMS, Normed, gemma, rsqrt, squeezed, weightless
+from tests.toys import Attention, assert_like, hidden_states
+
+pytestmark = pytest.mark.null
+
+
+def records(report: fxfuse.Report) -> list[AddNorm]:
+    found = [f.record for f in report.fused]
+    assert all(isinstance(r, AddNorm) for r in found)
+    return [r for r in found if isinstance(r, AddNorm)]
+
+
+def sums(run: Any, *inputs: Tensor, norm: Normed = rsqrt) -> list[tuple[int, bool]]:
+    """(addends, whether the sum is returned) of each site."""
+    report = compiled(Residual(run, norm), *(inputs or (hidden_states(),)))
+    assert report.refused == []
+    return [(r.addends, r.keep_sum) for r in records(report)]
+
+
+# One more axis in front of three: its result is no row of the hidden state's shape.
+@pytest.mark.parametrize("norm", [n for n in NORMS if n is not squeezed], ids=lambda n: n.__name__)
+def test_each_spelling_in_a_residual_stream(norm: Normed) -> None:
+    report = compiled(Residual(pre_norm, norm), hidden_states())
+    plain = Norm("head", "before", has_weight=True)
+    assert records(report) == [
+        AddNorm(32, plain, 1),
+        AddNorm(32, plain, 2, keep_sum=True),
+        AddNorm(32, plain, 2),
+    ]
+    assert [f.stages for f in report.fused] == [("rms_norm",), *[("add", "rms_norm")] * 2]
+    assert report.fused[0].eps == (1e-5,)
+
+
+@pytest.mark.parametrize(
+    ("norm", "wanted"),
+    [(gemma, Norm("head", "before", True, 1.0)), (weightless, Norm("head", "before", False))],
+)
+def test_weights_that_add_one_and_none_at_all(norm: Normed, wanted: Norm) -> None:
+    report = compiled(Residual(pre_norm, norm), hidden_states())
+    assert {r.norm for r in records(report)} == {wanted}
+
+
+# --- sums --------------------------------------------------------------------------------------
+
+
+def parallel(layer: Residual, x: Tensor) -> Any:
+    return layer.norm(x + layer.first(x) + layer.second(x))
+
+
+def parallel_from_the_right(layer: Residual, x: Tensor) -> Any:
+    return layer.norm(x + (layer.first(x) + layer.second(x)))
+
+
+def inner_sum_read(layer: Residual, x: Tensor) -> Any:
+    h = layer.first(x) + layer.second(x)
+    return layer.norm(x + h), h
+
+
+def sum_returned(layer: Residual, x: Tensor) -> Any:
+    h = x + layer.first(x)
+    return h, layer.norm(h)
+
+
+def sum_read_in_between(layer: Residual, x: Tensor) -> Any:
+    h = x + layer.first(x)
+    other = h.sum(-1)
+    return layer.norm(h), other
+
+
+def sum_seen_through_a_view(layer: Residual, x: Tensor) -> Any:
+    h = x + layer.first(x)
+    flat = h.view(-1, 32)
+    return layer.norm(h), flat[0], h[..., :4]
+
+
+def twice_itself(layer: Residual, x: Tensor) -> Any:
+    y = layer.first(x)
+    return layer.norm(y + y)
+
+
+def four_times_itself(layer: Residual, x: Tensor) -> Any:
+    y = x + layer.first(x)
+    return layer.norm(y + y)
+
+
+def with_alpha(layer: Residual, x: Tensor) -> Any:
+    return layer.norm(torch.add(x, layer.first(x), alpha=2))
+
+
+def both_results_read_twice(layer: Residual, x: Tensor) -> Any:
+    h = x + layer.first(x)
+    y = layer.norm(h)
+    return layer.first(y) + layer.second(y) + h, h * 2
+
+
+def two_weights_of_one_statistic(layer: Residual, x: Tensor) -> Any:
+    h = x + layer.first(x)
+    n = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-5)
+    return n * layer.weights[0], n * layer.weights[1]
+
+
+def normed_twice(layer: Residual, x: Tensor) -> Any:
+    h = x + layer.first(x)
+    return layer.norm(h, 0), layer.norm(h, 1)
+
+
+def later_reader_first(layer: Residual, x: Tensor) -> Any:
+    """The second op stands before the first reader of the first norm."""
+    h = x + layer.first(x)
+    y = layer.norm(h, 0)
+    z = layer.norm(h + layer.second(x), 1)
+    return layer.second(z), layer.first(y)
+
+
+@pytest.mark.parametrize(
+    ("run", "wanted"),
+    [
+        (parallel, [(3, False)]),
+        (parallel_from_the_right, [(3, False)]),
+        (inner_sum_read, [(2, False)]),
+        (sum_returned, [(2, True)]),
+        (sum_read_in_between, [(2, True)]),
+        (sum_seen_through_a_view, [(2, True)]),
+        (with_alpha, [(1, False)]),
+        (both_results_read_twice, [(2, True)]),
+        (two_weights_of_one_statistic, [(2, True)]),
+        (later_reader_first, [(2, True), (2, False)]),
+    ],
+    ids=lambda x: getattr(x, "__name__", None),
+)
+def test_sums(run: Any, wanted: list[tuple[int, bool]]) -> None:
+    assert sums(run) == wanted
+
+
+@pytest.mark.parametrize("run", [twice_itself, four_times_itself, normed_twice])
+def test_sums_of_which_only_the_result_matters(run: Any) -> None:
+    sums(run)
+
+
+def test_a_sum_of_two_dtypes_is_rounded_as_the_graph_rounds_it() -> None:
+    def run(layer: Residual, x: Tensor, r: Tensor) -> Any:
+        h = x + r
+        return h, layer.norm(h)
+
+    report = compiled(Residual(run), hidden_states(), hidden_states(seed=2).bfloat16())
+    assert [r.addends for r in records(report)] == [2]
+
+
+def test_every_number_of_tokens() -> None:
+    x = hidden_states(6)
+    torch._dynamo.mark_dynamic(x, 1)
+    assert len(records(compiled(Residual(pre_norm), x))) == 3
+
+
+@pytest.mark.parametrize("shape", [(6, 32), (2, 3, 32), (2, 3, 5, 32)])
+def test_rows_of_one_to_three_axes(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    assert len(records(compiled(Residual(pre_norm), x))) == 3
+
+
+def test_a_norm_under_a_rotation_is_no_site_of_its_own() -> None:
+    """A q that is the hidden state itself, without a projection."""
+    report = compiled(Attention(norm=rsqrt), hidden_states())
+    assert [f.kind for f in report.fused] == ["attention"]
+
+
+# --- what is not the target --------------------------------------------------------------------
+
+
+def of_another_tensor(layer: Residual, x: Tensor) -> Any:
+    h = x + layer.first(x)
+    return h * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5) * layer.weights[0]
+
+
+def eps_outside(layer: Residual, x: Tensor) -> Any:
+    h = x + layer.first(x)
+    return h * (torch.rsqrt(h.pow(2).mean(-1, keepdim=True)) + 1e-5)
+
+
+def over_tokens(layer: Residual, x: Tensor) -> Any:
+    h = x + layer.first(x)
+    return h * torch.rsqrt(h.pow(2).mean(1, keepdim=True) + 1e-5)
+
+
+def over_both(layer: Residual, x: Tensor) -> Any:
+    h = x + layer.first(x)
+    return h * torch.rsqrt(h.pow(2).mean((1, 2), keepdim=True) + 1e-5)
+
+
+def over_half(layer: Residual, x: Tensor) -> Any:
+    h = x + layer.first(x)
+    return h * torch.rsqrt(h[..., :16].pow(2).mean(-1, keepdim=True) + 1e-5)
+
+
+def of_the_next_row(layer: Residual, x: Tensor) -> Any:
+    h = x + layer.first(x)
+    return h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-5).roll(1, 1)
+
+
+def turned_channels(layer: Residual, x: Tensor) -> Any:
+    h = x + layer.first(x)
+    return h.flip(-1) * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-5)
+
+
+def of_deviations(layer: Residual, x: Tensor) -> Any:
+    h = x + layer.first(x)
+    h = h - h.mean(-1, keepdim=True)
+    return h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-5)
+
+
+def gated(layer: Residual, x: Tensor) -> Any:
+    h = x + layer.first(x)
+    rows = torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-5)
+    return h * rows * layer.second(x).sigmoid()
+
+
+@pytest.mark.parametrize(
+    "run",
+    [over_tokens, over_both, over_half, eps_outside, of_another_tensor],
+    ids=lambda f: f.__name__,
+)
+def test_what_looks_like_a_norm_and_is_not(run: Any) -> None:
+    report = compiled(Residual(run), hidden_states(), strict=True)
+    assert report.fused == []
+
+
+@pytest.mark.parametrize(
+    "run", [of_the_next_row, turned_channels, of_deviations, gated], ids=lambda f: f.__name__
+)
+def test_what_is_a_norm_in_part_has_eagers_result(run: Any) -> None:
+    compiled(Residual(run), hidden_states(), strict=True)
+
+
+def test_a_weight_that_comes_too_late() -> None:
+    def run(layer: Residual, x: Tensor, w: Tensor) -> Any:
+        h = x + layer.first(x)
+        early = h.sum(-1)
+        return early, h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-5) * weight(layer)
+
+    def weight(layer: Residual) -> Tensor:
+        return layer.weights[0] * layer.weights[1]
+
+    report = compiled(Residual(run), hidden_states(), hidden_states())
+    assert [r.reason for r in report.refused] == [
+        "mul_1 is computed after the first use of the result"
+    ]
+
+
+def written_sum(layer: Residual, x: Tensor, r: Tensor) -> Any:
+    h = x + r
+    h.mul_(2)
+    return layer.norm(h), h
+
+
+def written_after(layer: Residual, x: Tensor, r: Tensor) -> Any:
+    h = x + r
+    y = layer.norm(h)
+    h.mul_(2)
+    return y, h
+
+
+def written_between(layer: Residual, x: Tensor, r: Tensor) -> Any:
+    h = x + r
+    rows = torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-5)
+    h[:, 0] = 7.0
+    return h * rows
+
+
+def written_addend(layer: Residual, x: Tensor, r: Tensor) -> Any:
+    h = x + r
+    r.mul_(2)
+    return layer.norm(h), r
+
+
+def written_through_a_view(layer: Residual, x: Tensor, r: Tensor) -> Any:
+    h = x + r
+    part = h.view(-1, 32)[1:]
+    y = layer.norm(h)
+    part.zero_()
+    return y, h
+
+
+def written_result(layer: Residual, x: Tensor, r: Tensor) -> Any:
+    y = layer.norm(x + r)
+    z = y.view(-1)
+    z[:5] = 1.0
+    return y
+
+
+def added_in_place(layer: Residual, x: Tensor, r: Tensor) -> Any:
+    h = layer.first(x)
+    h += r
+    y = layer.norm(h)
+    h += layer.second(y)
+    return layer.norm(h, 1), h
+
+
+WRITES = [written_sum, written_after, written_between, written_addend, written_result]
+WRITES += [written_through_a_view, added_in_place]
+
+
+@pytest.mark.parametrize("run", WRITES, ids=lambda f: f.__name__)
+def test_writes_in_between_keep_their_order(run: Any) -> None:
+    compiled(Residual(run), hidden_states(), hidden_states(seed=2), strict=True)
+
+
+def test_a_residual_that_lies_elsewhere_in_memory() -> None:
+    def run(layer: Residual, x: Tensor, r: Tensor) -> Any:
+        h = x + r.transpose(0, 1)[..., 1:33]
+        return layer.norm(h), h
+
+    report = compiled(Residual(run), hidden_states(5, 2), hidden_states(2, 5, 40))
+    assert [(r.addends, r.keep_sum) for r in records(report)] == [(2, True)]
+
+
+def in_another_order(layer: Residual, x: Tensor) -> Any:
+    return layer.norm(x.transpose(0, 1) + layer.first(x).transpose(0, 1))
+
+
+def moved(layer: Residual, x: Tensor) -> Any:
+    return layer.norm(x.transpose(0, 1))
+
+
+def of_a_bias(layer: Residual, x: Tensor) -> Any:
+    return layer.norm(layer.first(x) + layer.weights[1])
+
+
+@pytest.mark.parametrize(
+    ("run", "reason"),
+    [
+        (in_another_order, "a result that does not lie row by row in memory"),
+        (moved, "a norm of a tensor that is cut, moved or regrouped"),
+        (of_a_bias, "a norm of a part of a tensor, or of one that no node of the graph holds"),
+    ],
+    ids=lambda x: getattr(x, "__name__", None),
+)
+def test_refusals_are_no_errors_under_strict(run: Any, reason: str) -> None:
+    report = compiled(Residual(run), hidden_states(5, 5), strict=True)
+    assert report.fused == []
+    assert [(r.stage, r.reason) for r in report.refused] == [("norm", reason)]
+
+
+# --- the gate ----------------------------------------------------------------------------------
+
+
+def test_what_the_gate_leaves_is_told_and_the_graph_stays() -> None:
+    given: list[Any] = []
+    made: list[Any] = []
+
+    def backend(gm: Any, inputs: Any) -> Any:
+        fused, report = passes.fuse_graph(gm, Settings(strict=True))
+        given.append(gm)
+        made.append((fused, report))
+        return gm.forward
+
+    with torch.no_grad():
+        torch._dynamo.reset()
+        torch.compile(Residual(pre_norm), backend=backend)(hidden_states())
+    (fused, report), (gm,) = made[0], given
+    assert fused is gm and report.fused == [] and report.refused == []
+    assert "left 3 × add + rms_norm: Inductor's own kernel is as fast (target cpu)" in str(report)
+    assert [x["kind"] for x in json.loads(report.to_json())["left"]] == ["add_rms_norm"] * 3
+
+
+def test_never_leaves_rotations_too() -> None:
+    report = compiled(Attention(norm=rsqrt), hidden_states(), gate="never", strict=True)
+    assert report.fused == [] and [x.kind for x in report.left] == ["attention"]
+    assert "left 1 × norm and rotation of q and k: gate='never'" in str(report)
+
+
+def test_the_table_is_told_by_its_kinds() -> None:
+    assert gate.decide("cuda", "attention", gate.Facts(rows=1)).fuse
+    assert gate.decide("cuda", "norm", gate.Facts()).fuse
+    assert not gate.decide("cpu", "norm", gate.Facts()).fuse
+    assert not gate.decide("cuda", "add_rms_norm", gate.Facts(rows=4096)).fuse
+    unknown = gate.decide("cuda", "dropout", gate.Facts())
+    assert (unknown.fuse, unknown.reason) == (False, "nobody has measured it")
+
+
+def test_entries_by_rows_fit_known_numbers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = gate.Entry("attention", "cuda", gate.Decision(False, "small", 0.9), most_rows=8)
+    monkeypatch.setattr(gate, "TABLE", (small, *gate.TABLE))
+    fused = {n: gate.decide("cuda", "attention", gate.Facts(n)).fuse for n in (1, 8, 9, None)}
+    assert fused == {1: False, 8: False, 9: True, None: True}
+
+
+# --- gradients ---------------------------------------------------------------------------------
+
+
+def test_gradients_are_eagers() -> None:
+    torch._dynamo.reset()
+    toy, x = Residual(pre_norm), hidden_states()
+    toy(x).square().sum().backward()
+    want = {n: p.grad.clone() for n, p in toy.named_parameters() if p.grad is not None}
+    toy.zero_grad()
+    backend = fxfuse.Backend(compiler="aot_eager", gate="always")
+    torch.compile(toy, backend=backend)(x).square().sum().backward()
+    report = fxfuse.last_report()
+    assert report is not None and len(records(report)) == 3
+    for name, parameter in toy.named_parameters():
+        assert_like(parameter.grad, want[name], 1e-4)
+
+
+def test_a_sum_without_gradients_is_left_out() -> None:
+    def run(layer: Residual, x: Tensor) -> Any:
+        with torch.no_grad():
+            h = x + layer.first(x)
+        return layer.norm(h)
+
+    torch._dynamo.reset()
+    toy, x = Residual(run), hidden_states()
+    toy(x).sum().backward()
+    want = {n: p.grad.clone() for n, p in toy.named_parameters() if p.grad is not None}
+    toy.zero_grad()
+    torch.compile(toy, backend=fxfuse.Backend(compiler="aot_eager", gate="always"))(
+        x
+    ).sum().backward()
+    got = {n: p.grad for n, p in toy.named_parameters() if p.grad is not None}
+    assert got.keys() == want.keys()
+    for name, grad in want.items():
+        assert_like(got[name], grad, 1e-4)
