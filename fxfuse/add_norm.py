@@ -100,15 +100,16 @@ def _fake(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, residual, second, weight, ctx.eps, text = inputs
     ctx.record = read_record(text)
-    ctx.save_for_backward(x, residual, second, weight)
+    ctx.dtypes = [None if a is None else a.dtype for a in (x, residual, second)]
+    addends = (output[0], None, None) if ctx.record.keep_sum else (x, residual, second)
+    ctx.save_for_backward(*addends, weight)
 
 
 def _backward(ctx: Any, sum_grad: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
     """With u = s * r: ds = r * (du - u * mean(du * u)), and what the sum's readers send back."""
-    x, residual, second, weight = ctx.saved_tensors
+    *addends, weight = ctx.saved_tensors
     record: AddNorm = ctx.record
-    for addend in (residual, second):
-        x = x if addend is None else x + addend
+    x = functools.reduce(torch.add, [a for a in addends if a is not None])
     wide = x.to(reference.working_dtype(x))
     r = torch.rsqrt((wide * wide).mean(-1, keepdim=True) + ctx.eps)
     u, g = wide * r, grad.to(wide.dtype)
@@ -119,7 +120,7 @@ def _backward(ctx: Any, sum_grad: Tensor, grad: Tensor) -> tuple[Tensor | None, 
     total = r * (g - u * (g * u).mean(-1, keepdim=True))
     if record.keep_sum:
         total = total + sum_grad
-    grads = [a if a is None else total.to(a.dtype) for a in (ctx.saved_tensors[:3])]
+    grads = [None if dtype is None else total.to(dtype) for dtype in ctx.dtypes]
     return (*grads, weight_grad, None, None)
 
 

@@ -5,6 +5,7 @@ The graph handed in stays as it was: a rewrite that fails half-way leaves the or
 """
 
 import operator
+from collections.abc import Set
 from typing import Any
 
 import torch
@@ -114,7 +115,8 @@ class _Editor:
             for i, slot in enumerate((site.sum, normed.slot)):
                 if slot is not None:
                     new = self.sums[slot] = self._add(operator.getitem, (op, i), anchor)
-                    self._substitute(slot, new)
+                    # Its own nodes may stand before the op; they go with the old result.
+                    self._substitute(slot, new, {self.nodes[n] for n in site.own})
 
     def _cache(self, store: StoreWrite, anchor: fx.Node) -> fx.Node:
         node = self._holder(store.cache)
@@ -152,14 +154,15 @@ class _Editor:
                 result = self._add("unsqueeze", (result, d), anchor)
         return result
 
-    def _substitute(self, slot: Slot, new: fx.Node) -> None:
-        """Every reader of the slot reads the new node; the nodes that only handed it on are dead.
+    def _substitute(self, slot: Slot, new: fx.Node, but: Set[fx.Node] = frozenset()) -> None:
+        """Every reader of the slot `but` some reads the new node; the nodes that only handed it on
+        are dead.
 
         A user that asks for nothing but metadata (`size`, `type_as`) may stand before the op and
         keeps the old node, whose numbers nobody computes then.
         """
         same = {self.nodes[n] for n, result in self.view.results.items() if result is slot}
-        readers = self.readers.get(slot, set()) - same
+        readers = self.readers.get(slot, set()) - same - but
         for node in same:
             node.replace_all_uses_with(
                 new, delete_user_cb=lambda user: user in readers or user.op == "output"

@@ -4,6 +4,7 @@ y = h * rsqrt(mean(h * h) + eps) * (weight | 1 + weight) of a tensor h; where h 
 plain sum, the site makes that too, and returns it if anybody else reads it.
 """
 
+import logging
 from collections.abc import Iterator
 
 import torch
@@ -21,6 +22,7 @@ from fxfuse.patterns.value import Factor, Index, Kind, Leaf, Size, Value, is_sta
 from fxfuse.slots import Call, Scalar, Slot
 
 aten = torch.ops.aten
+log = logging.getLogger(__name__)
 
 KIND = "add_rms_norm"
 
@@ -55,6 +57,9 @@ class Norms:
                 self._refuse(slot, str(error))
             except (Refused, Untried) as error:
                 self._refuse(slot, str(error))
+            except Exception as error:
+                log.warning("fxfuse: an error of fxfuse, %s is left alone", node, exc_info=True)
+                self._refuse(slot, f"an error of fxfuse: {type(error).__name__}: {error}")
         # An op's operand may be the sum of one before it.
         self.sites.sort(key=lambda s: memory.index[s.before])
 
@@ -91,6 +96,7 @@ class Norms:
             tuple(self._access(part) for part in parts),
             whole if keeps else None,
             before,
+            frozenset({c.node for c in own} - {c.node for c in readers}),
         )
         self._check(site, whole, joined=len(parts) > 1)
         return site

@@ -237,7 +237,10 @@ def _rows(parts: Parts) -> tuple[tuple[int | None, int | None, int | None], bool
     }
     heads = [d for d in dims if head and head[0] in value.dims[d]]
     if not heads and len(dims) == 3:
-        heads = [d for d in [1, 2, 0] if d in dims and d not in turning][:1]
+        free = [d for d in [1, 2, 0] if d in dims and d not in turning]
+        # Where nothing turns, no table tells heads from tokens: one head is an axis of size 1.
+        single = [] if any(parts.tables) else [d for d in free if not value.dims[d]]
+        heads = [*single, *free][:1]
     rest = [d for d in dims if d not in heads]
     batch, token = (None, *rest) if len(rest) == 1 else rest if len(rest) == 2 else (None, None)
     return (batch, token, heads[0] if heads else None), bool(set(heads) & turning)

@@ -133,8 +133,8 @@ class Site:
 @dataclasses.dataclass(frozen=True, eq=False)
 class NormSite:
     """One fused norm over the hidden width, with the sum in front of it where the op makes that:
-    its record, the normed stream (read over the sum), the addends, and the node it is inserted
-    before.
+    its record, the normed stream (read over the sum), the addends, the node it is inserted before,
+    and the nodes between sum and result that are of no use to anybody else.
     """
 
     record: AddNorm
@@ -142,6 +142,7 @@ class NormSite:
     addends: tuple[Access, ...]
     sum: Slot | None
     before: fx.Node
+    own: frozenset[fx.Node] = frozenset()
     kind: str = "add_rms_norm"
 
 

@@ -64,8 +64,9 @@ def test_weights_that_add_one_and_none_at_all(norm: Any, wanted: Norm) -> None:
         NormedAttention(packing="by head", sizes=Sizes(kv_heads=4)),
         NormedAttention(tokens_first=True),
         NormedAttention(sizes=Sizes(head_dim=24, heads=3, kv_heads=1)),
+        NormedAttention(tokens_first=True, sizes=Sizes(kv_heads=1)),
     ],
-    ids=["gated", "slices", "one view", "by head", "tokens first", "one kv head"],
+    ids=["gated", "slices", "one view", "by head", "tokens first", "one", "one, tokens first"],
 )
 def test_each_packing_of_the_projection(toy: Attention) -> None:
     record(compiled(toy, hidden_states()))
