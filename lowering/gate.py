@@ -1,7 +1,7 @@
 """The gate: whether a site is fused, or left to the compiler because fusing gains nothing there.
 
-In come a target (a device type), a kind of site and its facts; out comes a Decision. The table is
-what was measured; its first entry that fits decides.
+In come a target (a device type), a kind of site and its facts; out comes a Decision: that of the
+table's first entry that fits. A decision without a gain is expected, not measured.
 """
 
 import dataclasses
