@@ -108,7 +108,7 @@ class _Planner:
         sites = self.plan.sites
         for i in range(1, len(sites)):
             site, other = sites[i - 1], sites[i]
-            alone = site.is_single() and other.is_single() and site.kind != "key"
+            alone = site.is_single() and other.is_single() and site.kind == other.kind
             if alone and self._is_key(other.q) != self._is_key(site.q):
                 sites[i] = dataclasses.replace(other, kind="key")
 
