@@ -71,6 +71,8 @@ class Norms:
         if slot not in self.uses.holder:
             raise Refused("a result inside one call of the model's graph")
         normed = _decode(slot, value, statistic)
+        if _norm_of(normed.stream).kind != "rms" or normed.bias is not None:
+            raise Refused("the op of a residual sum knows RMSNorm only")
         if self.frontier.training:
             self.frontier.check_gradients(normed)
         prove(normed, _normed_row)
