@@ -17,12 +17,12 @@ from fxfuse.patterns.record import Norm, Pair, Pass, Record, Rotation, Stream
 # The op's arguments that are tensors, in order; then q_eps, k_eps, record.
 TENSORS = (
     *("q", "k", "q_weight", "k_weight", "q_bias", "k_bias", "q_scale", "k_scale"),
-    *("cos", "sin"),
+    *("cos", "sin", "positions"),
 )
 
 
 def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    tables = inputs[TENSORS.index("cos") : len(TENSORS)]
+    tables = inputs[TENSORS.index("cos") : TENSORS.index("positions")]
     if any(table is not None and table.requires_grad for table in tables):
         raise NotImplementedError(
             "fxfuse::norm_rope: cos or sin requires grad, and the op gives tables no gradient; "
@@ -36,6 +36,7 @@ def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> No
 def backward(ctx: Any, q_grad: Tensor, k_grad: Tensor) -> tuple[Tensor | None, ...]:
     saved = dict(zip(TENSORS, ctx.saved_tensors, strict=True))
     record: Record = ctx.record
+    tables = [reference.looked_up(saved[n], saved["positions"]) for n in ("cos", "sin")]
     grads: dict[str, Tensor | None] = {}
     for name, grad, stream, eps in (
         ("q", q_grad, record.q, ctx.eps[0]),
@@ -46,7 +47,7 @@ def backward(ctx: Any, q_grad: Tensor, k_grad: Tensor) -> tuple[Tensor | None, .
             continue
         names = (name, f"{name}_weight", f"{name}_bias", f"{name}_scale")
         weight, bias, scale = (saved[n] for n in names[1:])
-        found = row(grad, x, stream, weight, bias, scale, (saved["cos"], saved["sin"]), eps)
+        found = row(grad, x, stream, weight, bias, scale, (tables[0], tables[1]), eps)
         grads |= dict(zip(names, found, strict=True))
     return *(grads.get(name) for name in TENSORS), None, None, None
 

@@ -16,14 +16,15 @@ from fxfuse.patterns.record import Record, Stream
 
 NORM_ROPE = (
     "norm_rope(Tensor q, Tensor? k, Tensor? q_weight, Tensor? k_weight, Tensor? q_bias, "
-    "Tensor? k_bias, Tensor? q_scale, Tensor? k_scale, Tensor? cos, Tensor? sin, float q_eps, "
-    "float k_eps, str record) "
+    "Tensor? k_bias, Tensor? q_scale, Tensor? k_scale, Tensor? cos, Tensor? sin, "
+    "Tensor? positions, float q_eps, float k_eps, str record) "
     "-> (Tensor, Tensor)"
 )
 NORM_ROPE_STORE_ = (
     "norm_rope_store_(Tensor q, Tensor? k, Tensor? v, Tensor? q_weight, Tensor? k_weight, "
     "Tensor? q_bias, Tensor? k_bias, Tensor? q_scale, Tensor? k_scale, Tensor? cos, Tensor? sin, "
-    "Tensor slots, Tensor(a!) k_cache, Tensor(b!)? v_cache, float q_eps, float k_eps, str record) "
+    "Tensor? positions, Tensor slots, Tensor(a!) k_cache, Tensor(b!)? v_cache, float q_eps, "
+    "float k_eps, str record) "
     "-> (Tensor, Tensor)"
 )
 
@@ -42,6 +43,7 @@ def norm_rope(
     k_scale: Tensor | None,
     cos: Tensor | None,
     sin: Tensor | None,
+    positions: Tensor | None,
     q_eps: float,
     k_eps: float,
     record: str,
@@ -51,6 +53,8 @@ def norm_rope(
     Shapes: q [B, T, H, D], k [B, T, G, D]; weights and biases [D] or [H, D];
         scales [B|1, T|1, H|1];
         cos, sin [B|1, T|1, Rt], or [B|1, T|1, H|1, Rt] where the record's rotation is by head;
+        with positions [B|1, T|1] (integers, negative ones from the end) they are [1, N, Rt], and
+        token t of batch row b turns by row positions[b, t];
         results as q and k, [0] where k is absent or not kept.
     Layout: inputs any strides; results dense, [B, H, T, D] in memory where heads_first.
     Dtypes: any floating input; results as the record says.
@@ -61,8 +65,9 @@ def norm_rope(
         as Inductor fuses them.
     """
     result: tuple[Tensor, Tensor] = torch.ops.fxfuse.norm_rope(
-        q, k, q_weight, k_weight, q_bias, k_bias, q_scale, k_scale, cos, sin, q_eps, k_eps, record
-    )
+        q, k, q_weight, k_weight, q_bias, k_bias, q_scale, k_scale, cos, sin, positions,
+        q_eps, k_eps, record,
+    )  # fmt: skip
     return result
 
 
@@ -78,6 +83,7 @@ def norm_rope_store_(
     k_scale: Tensor | None,
     cos: Tensor | None,
     sin: Tensor | None,
+    positions: Tensor | None,
     slots: Tensor,
     k_cache: Tensor,
     v_cache: Tensor | None,
@@ -97,7 +103,7 @@ def norm_rope_store_(
     Source: transformers' StaticCache (index_copy_) and in-place index_put_ caches.
     """
     result: tuple[Tensor, Tensor] = torch.ops.fxfuse.norm_rope_store_(
-        q, k, v, q_weight, k_weight, q_bias, k_bias, q_scale, k_scale, cos, sin,
+        q, k, v, q_weight, k_weight, q_bias, k_bias, q_scale, k_scale, cos, sin, positions,
         slots, k_cache, v_cache, q_eps, k_eps, record,
     )  # fmt: skip
     return result

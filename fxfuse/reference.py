@@ -28,11 +28,13 @@ def norm_rope(
     k_scale: Tensor | None,
     cos: Tensor | None,
     sin: Tensor | None,
+    positions: Tensor | None,
     q_eps: float,
     k_eps: float,
     record: Record,
 ) -> tuple[Tensor, Tensor | None]:
     """q and k after their record: scale * row_scale * norm/rope(x), see `row`; None without k."""
+    cos, sin = looked_up(cos, positions), looked_up(sin, positions)
     q_row = row(q, record.q, q_weight, q_bias, q_scale, cos, sin, q_eps)
     if k is None or record.k is None:
         return q_row, None
@@ -51,6 +53,7 @@ def norm_rope_store_(
     k_scale: Tensor | None,
     cos: Tensor | None,
     sin: Tensor | None,
+    positions: Tensor | None,
     slots: Tensor,
     k_cache: Tensor,
     v_cache: Tensor | None,
@@ -60,6 +63,7 @@ def norm_rope_store_(
 ) -> tuple[Tensor, Tensor | None]:
     """As `norm_rope`; then k_cache[b, slots[t]] = k[b, t], and v_cache from v the same way."""
     assert record.store is not None
+    cos, sin = looked_up(cos, positions), looked_up(sin, positions)
     q_row = row(q, record.q, q_weight, q_bias, q_scale, cos, sin, q_eps)
     k_row = None
     if k is not None and record.k is not None:
@@ -72,6 +76,16 @@ def norm_rope_store_(
         v_parts = row_parts(v, record.v, None, None, None, cos, sin, 0.0)
         store_(v_cache, slots, v_parts, record.store.heads_first)
     return q_row, k_row
+
+
+def looked_up(table: Tensor | None, positions: Tensor | None) -> Tensor | None:
+    """A table's rows by position. Shapes: table [1, N, R], positions [B|1, T|1] -> [B|1, T|1, R];
+    the table itself where there are no positions.
+    """
+    if table is None or positions is None:
+        return table
+    rows: Tensor = torch.ops.aten.index.Tensor(table[0], [positions])
+    return rows
 
 
 def row(

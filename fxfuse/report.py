@@ -131,7 +131,10 @@ def fused_of(site: Site, provider: str) -> Fused:
     eps = (site.q.eps, site.k.eps if site.k else 0.0)
     where = location(site.q.slot.node)
     op = f"fxfuse::{op}"
-    return Fused(stages_of(site.record), where, op, provider, site.record, eps, site.kind)
+    stages = stages_of(site.record)
+    if site.q.positions is not None:
+        stages = tuple("rope(by position)" if stage == "rope" else stage for stage in stages)
+    return Fused(stages, where, op, provider, site.record, eps, site.kind)
 
 
 _lock = threading.Lock()

@@ -85,6 +85,7 @@ class _Editor:
                 k.scale if k else None,
                 q.cos,
                 q.sin,
+                q.positions,
             )
         ]
         eps = [self._number(d.eps) if d else 0.0 for d in (q, k)]

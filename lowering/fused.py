@@ -14,7 +14,7 @@ from fxfuse.lowering import inductor, kernels, launch, loops
 from fxfuse.patterns.record import Record, Stream
 
 # Read from anywhere in memory; the others are small and made contiguous.
-CONTIGUOUS = ("q_weight", "k_weight")
+CONTIGUOUS = ("q_weight", "k_weight", "q_bias", "k_bias")
 
 
 def lower(name: str, args: tuple[Any, ...], record: Record) -> tuple[Any, Any]:

@@ -6,11 +6,12 @@ through; a block of length 0 touches no memory. Whatever a program reads it asks
 first sum, and a token's slot is used last: few tokens wait for one memory latency, not for three.
 
 What a record says comes as flat constexpr tuples, written by `launch.plan`:
-STREAM  programs, heads, channels, norm (0 none, 1 before, 2 after the rotation), statistic, dims of
-        the weight, offset of the weight, has_scale, scale, heads_first
+STREAM  programs, heads, channels, norm (0 none, 1 before, 2 after the rotation), statistic (0 none,
+        1 rms, 2 l2, 3 layer), dims of the weight, offset of the weight, has_scale, scale,
+        heads_first, dims of the bias
 ROW     pairs; first, second, step of the pairs in x; the same in y; two signs; start in x, start in
-        y, length of the low run; the same of the high run; the blocks of pairs, low and high
-TABLES  first, second, step of the pairs in cos; the same in sin
+        y, length of the low run; the same of the high run; the blocks of pairs, low and high;
+        first, second, step of the pairs in cos; the same in sin
 """
 
 # Triton compiles these functions; to a type checker their arguments have no types.
@@ -100,18 +101,50 @@ def store_row(ptr, row, mask, stride_c, ROW: tl.constexpr):
 
 
 @triton.jit
-def normalise(row, weight, eps, STREAM: tl.constexpr, ROW: tl.constexpr):
-    """x * rsqrt(mean(x * x) + eps) * (weight + offset)."""
+def scaled(row, scale):
     first, second, low, high = row
-    if STREAM[4]:
-        total = tl.sum(first * first + second * second, 2)
-        if ROW[11] > 0:
-            total += tl.sum(low * low, 2)
-        if ROW[14] > 0:
-            total += tl.sum(high * high, 2)
+    return first * scale, second * scale, low * scale, high * scale
+
+
+@triton.jit
+def row_sum(first, second, low, high, ROW: tl.constexpr):
+    """The sum of each row, [tokens, heads, 1]."""
+    total = tl.sum(first + second, 2) if ROW[0] > 0 else tl.sum(low, 2)
+    if ROW[0] > 0 and ROW[11] > 0:
+        total += tl.sum(low, 2)
+    if ROW[14] > 0:
+        total += tl.sum(high, 2)
+    return total[:, :, None]
+
+
+@triton.jit
+def less(b, mean, LENGTH: tl.constexpr):
+    """A block without its row's mean; zero beyond its length as before."""
+    if LENGTH > 0:
+        c = b - mean
+        if b.shape[2] > LENGTH:
+            c = tl.where(tl.arange(0, b.shape[2])[None, None, :] < LENGTH, c, 0.0)
+        b = c
+    return b
+
+
+@triton.jit
+def normalise(row, weight, bias, eps, STREAM: tl.constexpr, ROW: tl.constexpr):
+    """x * factor(mean(x * x), eps) * (weight + offset) + bias; layer takes the row's mean off."""
+    first, second, low, high = row
+    if STREAM[4] == 3:
+        mean = row_sum(first, second, low, high, ROW) / STREAM[2]
+        first, second = less(first, mean, ROW[0]), less(second, mean, ROW[0])
+        low, high = less(low, mean, ROW[11]), less(high, mean, ROW[14])
+    if STREAM[4] > 0:
+        squares = row_sum(first * first, second * second, low * low, high * high, ROW)
         # Inductor hands eps over as float64; in its analysis it is a Python float without .to().
-        r = tl.rsqrt(total / STREAM[2] + tl.cast(eps, tl.float32))[:, :, None]
-        first, second, low, high = first * r, second * r, low * r, high * r
+        small = tl.cast(eps, tl.float32)
+        if STREAM[4] == 2:
+            r = 1.0 / tl.maximum(tl.sqrt(squares / STREAM[2]), small)
+        else:
+            r = tl.rsqrt(squares / STREAM[2] + small)
+        first, second, low, high = scaled((first, second, low, high), r)
     if STREAM[5] > 0:
         w_first, w_second, w_low, w_high = weight
         if STREAM[6] != 0.0:
@@ -119,49 +152,56 @@ def normalise(row, weight, eps, STREAM: tl.constexpr, ROW: tl.constexpr):
             w_first, w_second = w_first + OFFSET, w_second + OFFSET
             w_low, w_high = w_low + OFFSET, w_high + OFFSET
         first, second, low, high = first * w_first, second * w_second, low * w_low, high * w_high
+    if STREAM[10] > 0:
+        b_first, b_second, b_low, b_high = bias
+        first, second, low, high = first + b_first, second + b_second, low + b_low, high + b_high
     return first, second, low, high
 
 
 @triton.jit
-def scaled(row, scale):
-    first, second, low, high = row
-    return first * scale, second * scale, low * scale, high * scale
+def load_weight(ptr, like, o_h, m_h, DIMS: tl.constexpr, STREAM: tl.constexpr, ROW: tl.constexpr):
+    """The four blocks of a weight [D] or [H, D], in the order of the rows that it meets."""
+    if DIMS == 1:
+        # In the shape whose layout in registers is that of the tile: moving it would cost more.
+        TOKENS: tl.constexpr = like.shape[0]
+        o_1 = tl.zeros([TOKENS, like.shape[1] if TOKENS == 1 else 1, 1], tl.int64)
+        row = load_row(ptr + o_1, o_1 == 0, 1, STREAM[3] - 1, ROW)
+    else:
+        row = load_row(ptr + o_h * STREAM[2], m_h, 1, STREAM[3] - 1, ROW)
+    return row
 
 
 @triton.jit
 def row_of(
-    x_ptr, w_ptr, scale_ptr, cos_ptr, sin_ptr, o_h, m_h, m_t,
+    x_ptr, w_ptr, b_ptr, scale_ptr, cos_ptr, sin_ptr, o_h, m_h, m_t, m_r,
     stride_c, stride_cos, stride_sin, eps,
-    STREAM: tl.constexpr, ROW: tl.constexpr, TABLES: tl.constexpr,
+    STREAM: tl.constexpr, ROW: tl.constexpr,
 ):  # fmt: skip
     """The four blocks of scale * rope(norm(x)), or of scale * norm(rope(x))."""
     PAIRS: tl.constexpr = ROW[0]
     row = load_row(x_ptr, m_t & m_h, stride_c, 0, ROW)
-    weight = row
-    if STREAM[5] == 1:
-        # In the shape whose layout in registers is that of the tile: moving it would cost more.
-        TOKENS: tl.constexpr = x_ptr.shape[0]
-        o_1 = tl.zeros([TOKENS, x_ptr.shape[1] if TOKENS == 1 else 1, 1], tl.int64)
-        weight = load_row(w_ptr + o_1, o_1 == 0, 1, STREAM[3] - 1, ROW)
-    if STREAM[5] == 2:
-        weight = load_row(w_ptr + o_h * STREAM[2], m_h, 1, STREAM[3] - 1, ROW)
+    weight, bias = row, row
+    if STREAM[5] > 0:
+        weight = load_weight(w_ptr, row[0], o_h, m_h, STREAM[5], STREAM, ROW)
+    if STREAM[10] > 0:
+        bias = load_weight(b_ptr, row[0], o_h, m_h, STREAM[10], STREAM, ROW)
     if PAIRS > 0:
         cos, cos_2 = load_pairs(
-            cos_ptr, m_t, stride_cos, TABLES[0], TABLES[1], TABLES[2], PAIRS, ROW[15]
+            cos_ptr, m_r, stride_cos, ROW[18], ROW[19], ROW[20], PAIRS, ROW[15]
         )  # fmt: skip
         sin, sin_2 = load_pairs(
-            sin_ptr, m_t, stride_sin, TABLES[3], TABLES[4], TABLES[5], PAIRS, ROW[15]
+            sin_ptr, m_r, stride_sin, ROW[21], ROW[22], ROW[23], PAIRS, ROW[15]
         )  # fmt: skip
     if STREAM[7]:
         scale = tl.load(scale_ptr, mask=m_t & m_h, other=0.0).to(tl.float32)
     if STREAM[3] == 1:
-        row = normalise(row, weight, eps, STREAM, ROW)
+        row = normalise(row, weight, bias, eps, STREAM, ROW)
     if PAIRS > 0:
         first, second, low, high = row
         turned = first * cos + ROW[7] * second * sin
         row = turned, second * cos_2 + ROW[8] * first * sin_2, low, high
     if STREAM[3] == 2:
-        row = normalise(row, weight, eps, STREAM, ROW)
+        row = normalise(row, weight, bias, eps, STREAM, ROW)
     if STREAM[7]:
         row = scaled(row, scale)
     if STREAM[8] != 1.0:
@@ -181,9 +221,10 @@ def heads_of(i_block, HEADS: tl.constexpr, TOTAL: tl.constexpr):
 @triton.jit
 def tile(
     q_ptr, k_ptr, v_ptr, q_out_ptr, k_out_ptr, k_cache_ptr, v_cache_ptr, slots_ptr, positions_ptr,
-    q_weight_ptr, k_weight_ptr, q_scale_ptr, k_scale_ptr, cos_ptr, sin_ptr, strides,
-    q_eps, k_eps, T, S, Q: tl.constexpr, K: tl.constexpr, V: tl.constexpr, Q_ROW: tl.constexpr,
-    K_ROW: tl.constexpr, V_ROW: tl.constexpr, TABLES: tl.constexpr,
+    q_weight_ptr, k_weight_ptr, q_bias_ptr, k_bias_ptr, q_scale_ptr, k_scale_ptr, cos_ptr, sin_ptr,
+    strides, q_eps, k_eps, T, S,
+    Q: tl.constexpr, K: tl.constexpr, V: tl.constexpr, Q_ROW: tl.constexpr,
+    K_ROW: tl.constexpr, V_ROW: tl.constexpr,
     K_KEEP: tl.constexpr, K_STORE: tl.constexpr, WRAP: tl.constexpr,
     LOOKUP: tl.constexpr, SINGLE: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
@@ -205,17 +246,20 @@ def tile(
         # Loaded here: through a function's result Inductor would take the slots for written.
         i_s = tl.load(slots_ptr + o_t * s_slot[0], mask=m_t, other=-1).to(tl.int64)
     o_r = o_t
-    if LOOKUP:
+    m_r = m_t
+    if LOOKUP > 0:
         o_r = tl.load(positions_ptr + i_b * s_p[0] + o_t * s_p[1], mask=m_t, other=0).to(tl.int64)
+        o_r = tl.where(o_r < 0, o_r + LOOKUP, o_r)
+        m_r = m_t & (o_r >= 0) & (o_r < LOOKUP)
     cos_ptr += i_b * s_cos[0] + o_r * s_cos[1]
     sin_ptr += i_b * s_sin[0] + o_r * s_sin[1]
     if i_block < Q[0]:
         o_h, m_h = heads_of(i_block, HEADS, Q[1])
         row = row_of(
-            q_ptr + i_b * s_q[0] + o_t * s_q[1] + o_h * s_q[2], q_weight_ptr,
+            q_ptr + i_b * s_q[0] + o_t * s_q[1] + o_h * s_q[2], q_weight_ptr, q_bias_ptr,
             q_scale_ptr + i_b * s_qs[0] + o_t * s_qs[1] + o_h * s_qs[2],
-            cos_ptr, sin_ptr, o_h, m_h, m_t,
-            s_q[3], s_cos[2], s_sin[2], q_eps, Q, Q_ROW, TABLES,
+            cos_ptr, sin_ptr, o_h, m_h, m_t, m_r,
+            s_q[3], s_cos[2], s_sin[2], q_eps, Q, Q_ROW,
         )  # fmt: skip
         o_row = (i_b * Q[1] + o_h) * n_t + o_t if Q[9] else (i_b * n_t + o_t) * Q[1] + o_h
         store_row(q_out_ptr + o_row * Q[2], row, m_t & m_h, 1, Q_ROW)
@@ -223,10 +267,10 @@ def tile(
         if (i_block >= Q[0]) & (i_block < Q[0] + K[0]):
             o_h, m_h = heads_of(i_block - Q[0], HEADS, K[1])
             row = row_of(
-                k_ptr + i_b * s_k[0] + o_t * s_k[1] + o_h * s_k[2], k_weight_ptr,
+                k_ptr + i_b * s_k[0] + o_t * s_k[1] + o_h * s_k[2], k_weight_ptr, k_bias_ptr,
                 k_scale_ptr + i_b * s_ks[0] + o_t * s_ks[1] + o_h * s_ks[2],
-                cos_ptr, sin_ptr, o_h, m_h, m_t,
-                s_k[3], s_cos[2], s_sin[2], k_eps, K, K_ROW, TABLES,
+                cos_ptr, sin_ptr, o_h, m_h, m_t, m_r,
+                s_k[3], s_cos[2], s_sin[2], k_eps, K, K_ROW,
             )  # fmt: skip
             if K_KEEP:
                 o_row = (i_b * K[1] + o_h) * n_t + o_t if K[9] else (i_b * n_t + o_t) * K[1] + o_h
@@ -239,8 +283,8 @@ def tile(
         if i_block >= Q[0] + K[0]:
             o_h, m_h = heads_of(i_block - Q[0] - K[0], HEADS, V[1])
             row = row_of(
-                v_ptr + i_b * s_v[0] + o_t * s_v[1] + o_h * s_v[2], v_ptr, v_ptr,
-                cos_ptr, sin_ptr, o_h, m_h, m_t, s_v[3], 0, 0, 0.0, V, V_ROW, TABLES,
+                v_ptr + i_b * s_v[0] + o_t * s_v[1] + o_h * s_v[2], v_ptr, v_ptr, v_ptr,
+                cos_ptr, sin_ptr, o_h, m_h, m_t, m_r, s_v[3], 0, 0, 0.0, V, V_ROW,
             )  # fmt: skip
             i_s = tl.where(i_s < 0, i_s + S, i_s) if WRAP else i_s
             ptr = v_cache_ptr + i_b * s_vc[0] + o_h * s_vc[1] + i_s * s_vc[2]
@@ -250,7 +294,7 @@ def tile(
 @triton.jit
 def norm_rope_store(
     q_ptr, k_ptr, v_ptr, q_out_ptr, k_out_ptr, k_cache_ptr, v_cache_ptr, slots_ptr, positions_ptr,
-    q_weight_ptr, k_weight_ptr, q_scale_ptr, k_scale_ptr, cos_ptr, sin_ptr,
+    q_weight_ptr, k_weight_ptr, q_bias_ptr, k_bias_ptr, q_scale_ptr, k_scale_ptr, cos_ptr, sin_ptr,
     stride_qb, stride_qt, stride_qh, stride_qd, stride_kb, stride_kt, stride_kh, stride_kd,
     stride_vb, stride_vt, stride_vh, stride_vd,
     stride_qsb, stride_qst, stride_qsh, stride_ksb, stride_kst, stride_ksh,
@@ -258,7 +302,7 @@ def norm_rope_store(
     stride_kcb, stride_kcg, stride_kcs, stride_kcd, stride_vcb, stride_vcg, stride_vcs, stride_vcd,
     stride_slot, stride_pb, stride_pt, q_eps, k_eps, T, S,
     Q: tl.constexpr, K: tl.constexpr, V: tl.constexpr, Q_ROW: tl.constexpr,
-    K_ROW: tl.constexpr, V_ROW: tl.constexpr, TABLES: tl.constexpr,
+    K_ROW: tl.constexpr, V_ROW: tl.constexpr,
     K_KEEP: tl.constexpr, K_STORE: tl.constexpr, WRAP: tl.constexpr,
     LOOKUP: tl.constexpr, SINGLE: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
@@ -279,8 +323,9 @@ def norm_rope_store(
     )  # fmt: skip
     tile(
         q_ptr, k_ptr, v_ptr, q_out_ptr, k_out_ptr, k_cache_ptr, v_cache_ptr, slots_ptr,
-        positions_ptr, q_weight_ptr, k_weight_ptr, q_scale_ptr, k_scale_ptr, cos_ptr, sin_ptr,
-        strides, q_eps, k_eps, T, S, Q, K, V, Q_ROW, K_ROW, V_ROW, TABLES,
+        positions_ptr, q_weight_ptr, k_weight_ptr, q_bias_ptr, k_bias_ptr, q_scale_ptr, k_scale_ptr,
+        cos_ptr, sin_ptr,
+        strides, q_eps, k_eps, T, S, Q, K, V, Q_ROW, K_ROW, V_ROW,
         K_KEEP, K_STORE, WRAP, LOOKUP, SINGLE, TOKENS, HEADS,
     )  # fmt: skip
 
@@ -288,10 +333,10 @@ def norm_rope_store(
 @triton.jit
 def norm_rope_store_static(
     q_ptr, k_ptr, v_ptr, q_out_ptr, k_out_ptr, k_cache_ptr, v_cache_ptr, slots_ptr, positions_ptr,
-    q_weight_ptr, k_weight_ptr, q_scale_ptr, k_scale_ptr, cos_ptr, sin_ptr,
+    q_weight_ptr, k_weight_ptr, q_bias_ptr, k_bias_ptr, q_scale_ptr, k_scale_ptr, cos_ptr, sin_ptr,
     q_eps, k_eps, T, S, STRIDES: tl.constexpr,
     Q: tl.constexpr, K: tl.constexpr, V: tl.constexpr, Q_ROW: tl.constexpr,
-    K_ROW: tl.constexpr, V_ROW: tl.constexpr, TABLES: tl.constexpr,
+    K_ROW: tl.constexpr, V_ROW: tl.constexpr,
     K_KEEP: tl.constexpr, K_STORE: tl.constexpr, WRAP: tl.constexpr,
     LOOKUP: tl.constexpr, SINGLE: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
@@ -310,7 +355,8 @@ def norm_rope_store_static(
     )  # fmt: skip
     tile(
         q_ptr, k_ptr, v_ptr, q_out_ptr, k_out_ptr, k_cache_ptr, v_cache_ptr, slots_ptr,
-        positions_ptr, q_weight_ptr, k_weight_ptr, q_scale_ptr, k_scale_ptr, cos_ptr, sin_ptr,
-        strides, q_eps, k_eps, T, S, Q, K, V, Q_ROW, K_ROW, V_ROW, TABLES,
+        positions_ptr, q_weight_ptr, k_weight_ptr, q_bias_ptr, k_bias_ptr, q_scale_ptr, k_scale_ptr,
+        cos_ptr, sin_ptr,
+        strides, q_eps, k_eps, T, S, Q, K, V, Q_ROW, K_ROW, V_ROW,
         K_KEEP, K_STORE, WRAP, LOOKUP, SINGLE, TOKENS, HEADS,
     )  # fmt: skip

@@ -70,9 +70,10 @@ def plan(
     for name, stream, x in (("Q", record.q, q), ("K", record.k, k), ("V", record.v, v)):
         count = int(x.shape[2]) if x else 0
         programs.append(-(-count // tile.heads))
-        weight = operands.get(f"{name.lower()}_weight")
-        constants[name] = _stream(stream or record.q, programs[-1], count, weight)
+        weights = [operands.get(f"{name.lower()}_{part}") for part in ("weight", "bias")]
+        constants[name] = _stream(stream or record.q, programs[-1], count, *weights)
         constants[f"{name}_ROW"] = _row(stream or record.q)
+    constants["LOOKUP"] = _table_rows(operands)
     constants |= {"TOKENS": tile.tokens, "HEADS": tile.heads, "SINGLE": q.shape[:2] == (1, 1)}
     grid = (ceil_div(q.shape[1], tile.tokens) * sum(programs), q.shape[0])
     pointers, strides = _pointers(operands), _strides(record, operands)
@@ -102,6 +103,12 @@ def ceil_div(n: Size, by: int) -> Size:
     return -(-n // by) if isinstance(n, int) else FloorDiv(n + by - 1, by)
 
 
+def _table_rows(operands: Mapping[str, Operand | None]) -> int:
+    """How many rows positions choose from, 0 where there are none."""
+    cos = operands.get("cos")
+    return int(cos.shape[1]) if cos and operands.get("positions") else 0
+
+
 def power_above(n: int) -> int:
     """The least power of two that is not below n."""
     return 1 << max(0, n - 1).bit_length()
@@ -117,6 +124,8 @@ POINTERS = (
     "positions",
     "q_weight",
     "k_weight",
+    "q_bias",
+    "k_bias",
     "q_scale",
     "k_scale",
     "cos",
@@ -191,30 +200,33 @@ def _strides(record: Record, operands: Mapping[str, Operand | None]) -> dict[str
 @functools.cache
 def record_constants(record: Record) -> dict[str, Any]:
     """The kernel's constexprs that the record alone decides."""
-    turn, k = record.q.rotation, record.k
-    cos, sin = (turn.cos, turn.sin) if turn else (NOWHERE, NOWHERE)
+    k = record.k
     return {
-        "TABLES": (*dataclasses.astuple(cos), *dataclasses.astuple(sin)),
         "K_KEEP": bool(k and k.keep),
         "K_STORE": bool(k and record.store),
         "WRAP": bool(record.store and record.store.negative == "wrap"),
-        "LOOKUP": False,
     }
 
 
 NOWHERE = Pair(0, 0, 1)
 
 
-def _stream(stream: Stream, programs: int, heads: int, weight: Operand | None) -> tuple[Any, ...]:
+# The norm kinds that the kernel knows, by its numbers.
+KINDS = {"rms": 1, "l2": 2, "layer": 3}
+
+
+def _stream(
+    stream: Stream, programs: int, heads: int, weight: Operand | None, bias: Operand | None
+) -> tuple[Any, ...]:
     """The kernel's tuple of a stream: see its module."""
     norm = stream.norm
     when = {"before": 1, "after": 2}[norm.when] if norm else 0
-    dims = len(weight.shape) if norm and norm.has_weight and weight else 0
+    kind = KINDS[norm.kind] if norm and norm.over == "head" else 0
+    weight_dims = len(weight.shape) if norm and norm.has_weight and weight else 0
+    bias_dims = len(bias.shape) if norm and norm.has_bias and bias else 0
     offset = norm.weight_offset if norm else 0.0
-    statistic = bool(norm and norm.over == "head")
-    scale = (stream.has_scale, float(stream.scale))
-    norm_part = (when, statistic, dims, offset)
-    return (programs, heads, stream.channels, *norm_part, *scale, stream.heads_first)
+    head = (programs, heads, stream.channels, when, kind, weight_dims, offset)
+    return (*head, stream.has_scale, float(stream.scale), stream.heads_first, bias_dims)
 
 
 def widest_run(stream: Stream) -> int:
@@ -234,4 +246,6 @@ def _row(stream: Stream) -> tuple[Any, ...]:
     blocks = tuple(power_above(n) for n in (pairs, low.length, high.length))
     places = (*dataclasses.astuple(x), *dataclasses.astuple(y), *signs)
     runs = (*dataclasses.astuple(low), *dataclasses.astuple(high))
-    return (pairs, *places, *runs, *blocks)
+    tables = (turn.cos, turn.sin) if turn else (NOWHERE, NOWHERE)
+    where = (n for table in tables for n in dataclasses.astuple(table))
+    return (pairs, *places, *runs, *blocks, *where)

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 import fxfuse.ops
-from fxfuse.patterns.record import Record, Stream
+from fxfuse.lowering.launch import KINDS
+from fxfuse.patterns.record import Record
 
 # Inductor's TensorBox, or any tensor.
 Box = Any
@@ -74,16 +75,12 @@ def _no_triton_kernel(facts: Facts) -> str | None:
     if any(s is not None and s.dtype not in KERNEL_DTYPES for s in (q, k, v)):
         return f"the kernel writes {', '.join(KERNEL_DTYPES)} only"
     norms = [s.norm for s in (q, k, v) if s is not None and s.norm is not None]
-    if any(n.kind != "rms" for n in norms):
-        return "the kernel knows the norm kind rms only"
-    if any(n.has_bias for n in norms):
-        return "the kernel knows no bias"
+    if any(n.kind not in KERNEL_NORMS for n in norms):
+        return f"the kernel knows the norm kinds {', '.join(KERNEL_NORMS)} only"
     if q.rotation is not None and q.rotation.by_head:
         return "each head turns by tables of its own"
-    if len(q.passes) > 2:
+    if any(s is not None and len(s.passes) > 2 for s in (q, k)):
         return "the kernel passes at most two runs of channels through"
-    if k is not None and _geometry(k) != _geometry(q):
-        return "q and k rotate differently"
     if v is not None and (v.norm or v.rotation or v.has_scale or v.scale != 1.0):
         return "the kernel only copies v"
     expected = (True, k is not None, v is not None)
@@ -97,10 +94,7 @@ def _no_triton_kernel(facts: Facts) -> str | None:
 
 
 KERNEL_DTYPES = ("float32", "float16", "bfloat16")
-
-
-def _geometry(stream: Stream) -> tuple[Any, ...]:
-    return stream.channels, stream.rotation, stream.passes
+KERNEL_NORMS = tuple(KINDS)
 
 
 @provider("triton", ("cuda",), _no_triton_kernel)

@@ -15,6 +15,7 @@ from fxfuse.patterns.access import Refused
 from fxfuse.patterns.add_norm import Norms, rows_count
 from fxfuse.patterns.attention import ATTENTION, normed_operands, operand_index
 from fxfuse.patterns.frontier import Frontier
+from fxfuse.patterns.lookup import with_lookups
 from fxfuse.patterns.memory import Memory
 from fxfuse.patterns.read import Reading
 from fxfuse.patterns.record import Record
@@ -84,7 +85,8 @@ class _Planner:
                 self.plan.sites.append(site)
         self._tell_keys()
         made = {d.slot for site in self.plan.sites for d in site.streams()}
-        self.plan.sites = [site for site in self.plan.sites if not self._is_left(site)]
+        sites = [site for site in self.plan.sites if not self._is_left(site)]
+        self.plan.sites = with_lookups(sites, self.memory, self.uses.holder)
         self._report_refusals(made)
         norms = Norms(self.reading, self.frontier, self.memory, self.gate)
         self.plan.norms = norms.sites

@@ -40,6 +40,7 @@ class Decoded:
     """One tensor between projection and attention, as an op's stream: its record, and where its
     operands are.
 
+    positions: the rows of cos and sin that its tokens turn by; None where those are its tables.
     rows: the dim of the decoded value that is the op's batch, token and head axis; None where it
     has none.
     """
@@ -55,9 +56,10 @@ class Decoded:
     sin: Access | None = None
     eps: float | Scalar = 0.0
     bias: Access | None = None
+    positions: Access | None = None
 
     def accesses(self) -> list[Access]:
-        every = (self.x, self.weight, self.bias, self.scale, self.cos, self.sin)
+        every = (self.x, self.weight, self.bias, self.scale, self.cos, self.sin, self.positions)
         return [a for a in every if a is not None]
 
 

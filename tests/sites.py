@@ -12,6 +12,7 @@ from fxfuse import reference
 from fxfuse.patterns.record import Norm, Pair, Pass, Record, Rotation, Store, Stream
 
 NORM = Norm("head", "before", has_weight=True)
+LAYER = Norm("head", "before", has_weight=True, kind="layer", has_bias=True)
 Rope = tuple[Rotation | None, tuple[Pass, ...]]
 
 
@@ -86,19 +87,23 @@ SITES: dict[str, Record] = {
     "norm alone": site(56, unrotated(56), norm=NORM, store=Store(False), k_keep=False),
     "q alone": site(64, norm=NORM, with_k=False),
     "k stored alone": site(64, norm=NORM, store=Store(True, "wrap"), with_v=False),
+    "phi": site(32, norm=LAYER, store=Store(True), heads_first=True, k_keep=False),
+    "layer, partial": site(48, halves(48, 20), norm=LAYER),
+    "chameleon": site(16, norm=dataclasses.replace(LAYER, when="after"), store=Store(False)),
+    "zaya": site(24, norm=Norm("head", "before", False, kind="l2"), has_scale=True, scale=0.5),
+    "mla": Record(
+        stream(48, halves(48, 16, 32)), stream(16, keep=False), copied(40), Store(True, "wrap")
+    ),
+    "flat cache by position": site(128, store=Store(False, "wrap")),
+    "neighbours by position": site(64, neighbours(64, 32), norm=NORM),
     "halves to neighbours": site(
         32,
         (Rotation(16, Pair(0, 16, 1), Pair(0, 1, 2), Pair(0, 0, 1), Pair(0, 0, 1), (-1, 1)), ()),
     ),
 }
-# What the kernel leaves to the loops.
-LAYER = Norm("head", "before", has_weight=True, kind="layer", has_bias=True)
-LOOPED: dict[str, Record] = {
-    "phi": site(32, norm=LAYER, store=Store(True), heads_first=True, k_keep=False),
-    "chameleon": site(16, norm=dataclasses.replace(LAYER, when="after"), store=Store(False)),
-    "zaya": site(24, norm=Norm("head", "before", False, kind="l2"), has_scale=True, scale=0.5),
-}
 PER_HEAD_WEIGHTS = ("olmo2", "after", "chameleon")
+# Rows of a longer table by position.
+LOOKED_UP = ("flat cache by position", "neighbours by position")
 
 
 @dataclasses.dataclass
@@ -117,7 +122,7 @@ class Operands:
         """By position, as torch.ops.fxfuse takes them."""
         names = ["q", "k", *(["v"] if self.stores else [])]
         names += ["q_weight", "k_weight", "q_bias", "k_bias"]
-        names += ["q_scale", "k_scale", "cos", "sin"]
+        names += ["q_scale", "k_scale", "cos", "sin", "positions"]
         names += ["slots", "k_cache", "v_cache"] if self.stores else []
         found = [self.tensors.get(name) for name in names]
         return (*found, *self.eps, self.record.to_text())
@@ -159,20 +164,22 @@ def operands(
     seed: int = 0,
 ) -> Operands:
     """Random operands; q, k, v are views of one packed projection, caches hold 77 everywhere."""
-    record = with_dtype((SITES | LOOPED)[name], str(dtype).removeprefix("torch."))
+    record = with_dtype(SITES[name], str(dtype).removeprefix("torch."))
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int, of: torch.dtype = dtype) -> Tensor:
         return torch.randn(shape, generator=generator).to(device, of)
 
     d, v = record.q.channels, record.v
-    widths = (heads * d, kv_heads * d, kv_heads * (v.channels if v else d))
+    k_d = record.k.channels if record.k else d
+    widths = (heads * d, kv_heads * k_d, kv_heads * (v.channels if v else d))
     packed = draw(batch, tokens, sum(widths)).split(widths, -1)
     rows = [
         p.unflatten(-1, (n, -1)) for p, n in zip(packed, (heads, kv_heads, kv_heads), strict=True)
     ]
     per_head = name in PER_HEAD_WEIGHTS
-    angle = draw(1, tokens, d, of=torch.float32)
+    looked_up = name in LOOKED_UP
+    angle = draw(1, 50 if looked_up else tokens, d, of=torch.float32)
     # The layout of a complex table seen as real: a stride of 2 between its columns.
     table = torch.view_as_real(torch.polar(torch.ones_like(angle), angle))
     rotates = record.q.rotation is not None
@@ -180,17 +187,20 @@ def operands(
     tensors |= {"v": rows[2] if v else None}
     for x, s, n in (("q", record.q, heads), ("k", record.k, kv_heads)):
         if s and s.norm and s.norm.has_weight:
-            tensors[f"{x}_weight"] = draw(*((n, d) if per_head else (d,)))
+            tensors[f"{x}_weight"] = draw(*((n, s.channels) if per_head else (s.channels,)))
         if s and s.norm and s.norm.has_bias:
-            tensors[f"{x}_bias"] = draw(*((n, d) if per_head else (d,)))
+            tensors[f"{x}_bias"] = draw(*((n, s.channels) if per_head else (s.channels,)))
         if s and s.has_scale:
             tensors[f"{x}_scale"] = draw(batch, tokens, 1, of=torch.float32)
     tensors |= {"cos": table[..., 0], "sin": table[..., 1]} if rotates else {}
+    if looked_up:
+        places = torch.randint(-50, 50, (batch, tokens), generator=generator)
+        tensors["positions"] = places.to(device)
     if record.store:
         order = torch.randperm(slots, generator=generator)[:tokens].to(device)
         wraps = record.store.negative == "wrap"
         tensors["slots"] = torch.where(order % 2 == 0, order - slots, order) if wraps else order
-        for x, width in (("k_cache", d), ("v_cache", v.channels if v else 0)):
+        for x, width in (("k_cache", k_d), ("v_cache", v.channels if v else 0)):
             first, second = (kv_heads, slots) if record.store.heads_first else (slots, kv_heads)
             tensors[x] = torch.full((batch, first, second, width), 77.0, dtype=dtype, device=device)
         tensors["v_cache"] = tensors["v_cache"] if v else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import pytest
@@ -12,7 +13,7 @@ from torch._inductor.utils import fresh_cache, run_and_get_code
 
 import fxfuse.ops  # noqa: F401
 from fxfuse.lowering import providers
-from tests.sites import LOOPED, SITES, Operands, operands, untouched
+from tests.sites import SITES, Operands, operands, untouched
 
 pytestmark = pytest.mark.cpu
 
@@ -56,7 +57,19 @@ def agree(case: Operands, results, before: Operands) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["qwen3", "llama", "gptj, partial", "olmo2", "halves to neighbours", *LOOPED]
+    "name",
+    [
+        "qwen3",
+        "llama",
+        "gptj, partial",
+        "olmo2",
+        "halves to neighbours",
+        "phi",
+        "chameleon",
+        "zaya",
+        "mla",
+        "flat cache by position",
+    ],
 )
 def test_compiled_equals_the_reference(name):
     case = operands(name)
@@ -128,14 +141,15 @@ def test_providers_say_who_took_a_call_and_why():
     assert symbolic == providers.Choice("loops", (("triton", "a head count is symbolic"),))
     wide = providers.choose("cuda", providers.Facts(record, (16, 8, 8), 2**16))
     assert wide.declined == (("triton", "a grid has at most 65535 batch rows"),)
-    for name, reason in (("phi", "norm kind rms only"), ("zaya", "norm kind rms only")):
-        facts = providers.Facts(LOOPED[name], (16, 8, 8), 1)
-        assert reason in providers.choose("cuda", facts).declined[0][1]
+    norm = dataclasses.replace(record.q.norm, kind="invented")
+    other = dataclasses.replace(record, q=dataclasses.replace(record.q, norm=norm))
+    declined = providers.choose("cuda", providers.Facts(other, (16, 8, 8), 1)).declined
+    assert declined == (("triton", "the kernel knows the norm kinds rms, l2, layer only"),)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
-    name=st.sampled_from(sorted(SITES | LOOPED)),
+    name=st.sampled_from(sorted(SITES)),
     batch=st.integers(0, 3),
     tokens=st.integers(0, 5),
     heads=st.integers(1, 6),

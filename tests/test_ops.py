@@ -65,7 +65,7 @@ def call(
     record: Record, q, k=None, q_w=None, k_w=None, q_b=None, q_s=None, cos=None, sin=None, eps=1e-6
 ):
     return fxfuse.ops.norm_rope(
-        q, k, q_w, k_w, q_b, None, q_s, None, cos, sin, eps, 1e-5, record.to_text()
+        q, k, q_w, k_w, q_b, None, q_s, None, cos, sin, None, eps, 1e-5, record.to_text()
     )
 
 
@@ -214,8 +214,8 @@ def test_store_writes_the_slots_alone(cache_heads_first, slots):
     if not cache_heads_first:
         caches = [c.transpose(1, 2).contiguous() for c in caches]
     q_out, k_out = fxfuse.ops.norm_rope_store_(
-        q, k, v, None, w, None, None, None, None, cos, sin, torch.tensor(slots), *caches, 0.0, 1e-5,
-        record.to_text(),
+        q, k, v, None, w, None, None, None, None, cos, sin, None, torch.tensor(slots),
+        *caches, 0.0, 1e-5, record.to_text(),
     )  # fmt: skip
     assert k_out.shape == (0,)
     normed = rms(k, w, 1e-5)
@@ -236,7 +236,7 @@ def test_result_strides_are_the_contract_and_the_fake_agrees(heads_first, tokens
     q, k = packed.split((H, G), 2)
     table = draw(1, tokens, D)
     s = stream(heads_first=heads_first, dtype="float64")
-    args = (q, k, *[None] * 6, table, table, 0.0, 0.0, Record(s, s).to_text())
+    args = (q, k, *[None] * 6, table, table, None, 0.0, 0.0, Record(s, s).to_text())
     outs = torch.ops.fxfuse.norm_rope(*args)
     with torch._subclasses.FakeTensorMode() as mode:
         fakes = torch.ops.fxfuse.norm_rope(
@@ -268,6 +268,7 @@ GRADED = {
         (1, T, H),
     ),
     "no norm": (stream(dtype="float64"), None, None),
+    "by position": (stream(dtype="float64"), None, None),
     "layer": (
         stream(
             norm=Norm("head", "before", True, kind="layer", has_bias=True),
@@ -286,6 +287,9 @@ GRADED = {
 }
 
 
+LOOKED_UP = ("by position",)
+
+
 def graded_inputs(name: str) -> tuple[tuple, str]:
     one, weight_shape, scale_shape = GRADED[name]
     q, k = draw(B, T, H, D).requires_grad_(), draw(B, T, H, D, seed=3).requires_grad_()
@@ -295,7 +299,10 @@ def graded_inputs(name: str) -> tuple[tuple, str]:
     b = draw(*weight_shape, seed=4).requires_grad_() if has_bias else None
     cos, sin = angles(D)
     # An eps of 1 clamps the half of all rows.
-    return (q, k, w, w, b, b, scale, scale, cos, sin, 1e-6, 1.0), Record(one, one).to_text()
+    positions = torch.tensor([[3, 0, -1, 4, 4]]) if name in LOOKED_UP else None
+    return (q, k, w, w, b, b, scale, scale, cos, sin, positions, 1e-6, 1.0), Record(
+        one, one
+    ).to_text()
 
 
 @pytest.mark.parametrize("name", GRADED)
@@ -318,7 +325,7 @@ def test_gradcheck():
 
     def run(q, k, w, s):
         return torch.ops.fxfuse.norm_rope(
-            q, k, w, w, None, None, s, s, cos[:, :2], sin[:, :2], 1e-6, 1e-2, record
+            q, k, w, w, None, None, s, s, cos[:, :2], sin[:, :2], None, 1e-6, 1e-2, record
         )
 
     assert torch.autograd.gradcheck(run, (*small, weight, scale))
@@ -360,7 +367,7 @@ def test_opcheck_norm_rope_store(with_v):
     torch.library.opcheck(
         torch.ops.fxfuse.norm_rope_store_.default,
         (
-            q, k, v if with_v else None, w, w, w, w, None, None, cos, sin, torch.arange(T),
+            q, k, v if with_v else None, w, w, w, w, None, None, cos, sin, None, torch.arange(T),
             caches[0], caches[1] if with_v else None, 1e-6, 1e-6, record.to_text(),
         ),
     )  # fmt: skip

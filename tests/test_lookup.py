@@ -1,0 +1,126 @@
+"""Tables taken by position: by the op where one site alone reads them, else by the graph.
+
+In: toys that look their tables up. Out: eager's result, and whether the lookup is in the op.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fxfuse
+from tests.spellings import llama
+from tests.toys import B, D, G, T, assert_like, attend
+
+pytestmark = pytest.mark.null
+
+HEADS, N = 4, 11
+Take = Callable[[Tensor, Tensor], Tensor]
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    torch._dynamo.reset()
+
+
+class Looked(nn.Module):
+    """q and k [B, H, T, D] turned by rows of a table [N, 2 D] that `take` gives."""
+
+    def __init__(self, take: Take, layers: int = 1) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.take, self.layers = take, layers
+        self.project = nn.Linear(8, (HEADS + 2 * G) * D, bias=False)
+        angles = torch.randn(N, D // 2, generator=generator).repeat(1, 2)
+        self.register_buffer("table", torch.cat([angles.cos(), angles.sin()], -1))
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        cos, sin = self.take(self.table, positions).chunk(2, -1)
+        cos, sin = (t.reshape(-1, 1, T, D) for t in (cos, sin))
+        for _ in range(self.layers):
+            y = self.project(x).unflatten(-1, (-1, D)).transpose(1, 2)
+            q, k, v = y.split([HEADS, G, G], 1)
+            out = attend(llama(q, cos, sin), llama(k, cos, sin), v)
+            x = x + out.sum((1, 3)).unsqueeze(-1)
+        return out
+
+
+def stages(toy: Looked, positions: Tensor, compiler: str = "eager") -> list[str]:
+    """The stages of a toy's sites; the result must be eager's."""
+    x = torch.randn(B, T, 8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        want = toy(x, positions.clone())
+        backend = fxfuse.Backend(compiler=compiler)
+        got = torch.compile(toy, backend=backend)(x, positions.clone())
+    assert_like(got, want)
+    return [stage for fused in fxfuse.last_report().fused for stage in fused.stages]
+
+
+ONE_ROW = torch.tensor([7, 0, N - 1, 3, 3, 1, 0][:T])
+ROWS = torch.stack([ONE_ROW, ONE_ROW.flip(0)])[:B]
+TAKES: dict[str, tuple[Take, Tensor]] = {
+    "index": (lambda table, at: table[at], ONE_ROW),
+    "index, a row a batch": (lambda table, at: table[at], ROWS),
+    "index, int32": (lambda table, at: table[at], ONE_ROW.int()),
+    "index, from the end": (lambda table, at: table[at], ONE_ROW - N),
+    "index_select": (lambda table, at: table.index_select(0, at), ONE_ROW),
+    "embedding": (lambda table, at: F.embedding(at, table), ROWS),
+    "two axes of one": (lambda table, at: table[at[None]][0], ONE_ROW),
+}
+
+
+@pytest.mark.parametrize("name", TAKES)
+def test_the_op_looks_up_what_it_alone_reads(name: str) -> None:
+    take, positions = TAKES[name]
+    assert "rope(by position)" in stages(Looked(take), positions)
+
+
+def test_it_does_so_through_inductor() -> None:
+    assert "rope(by position)" in stages(Looked(TAKES["index"][0]), ONE_ROW - N, "inductor")
+
+
+def test_what_two_layers_read_is_looked_up_once() -> None:
+    assert stages(Looked(TAKES["index"][0], layers=2), ONE_ROW) == ["rope", "rope"]
+
+
+def written_between(table: Tensor, at: Tensor) -> Tensor:
+    rows = table[at]
+    at.fill_(0)
+    return rows
+
+
+def table_written_between(table: Tensor, at: Tensor) -> Tensor:
+    rows = table[at]
+    table.mul_(1)
+    return rows
+
+
+NEAR_MISSES: dict[str, tuple[Take, Tensor]] = {
+    "positions written behind the lookup": (written_between, ONE_ROW),
+    "table written behind the lookup": (table_written_between, ONE_ROW),
+    "a mask": (lambda table, at: table[at], torch.arange(N) < T),
+    "columns": (lambda table, at: table.T.contiguous().index_select(1, at).T, ONE_ROW),
+    "rows of rows": (lambda table, at: table[at][at % T], ONE_ROW),
+    "another dtype": (lambda table, at: table.double()[at].float(), ONE_ROW),
+    "positions by two indices": (
+        lambda table, at: table.view(N, 2, D)[at, :].flatten(1), ONE_ROW,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NEAR_MISSES)
+def test_near_misses_stay_right(name: str) -> None:
+    """Whether the lookup is in the op or in the graph is of no matter, the result is."""
+    stages(Looked(NEAR_MISSES[name][0]), NEAR_MISSES[name][1])
+
+
+@pytest.mark.parametrize("name", list(NEAR_MISSES)[:2])
+def test_what_is_written_behind_a_lookup_is_looked_up_before(name: str) -> None:
+    take, positions = NEAR_MISSES[name]
+    found: list[Any] = stages(Looked(take), positions)
+    assert "rope(by position)" not in found
