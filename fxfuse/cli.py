@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from fxfuse.bench import command
+from fxfuse.bench import command, tune
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -11,7 +11,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="fxfuse", description="fxfuse: attention preludes fused inside torch.compile"
     )
-    command.add_arguments(parser.add_subparsers(dest="command", required=True))
+    subcommands = parser.add_subparsers(dest="command", required=True)
+    command.add_arguments(subcommands)
+    tune.add_arguments(subcommands)
     args = parser.parse_args(arguments)
     status: int = args.run(args)
     return status

@@ -37,9 +37,20 @@ def lower(name: str, args: tuple[Any, ...], record: Record) -> tuple[Any, Any]:
     if 0 in (q_out.get_size()[0], q_out.get_size()[1]):
         return q_out, k_out
     tokens = inductor.hint(q_out.get_size()[1])
-    plan = launch.plan(record, operands, (call["q_eps"], call["k_eps"]), tokens)
+    target = target_of(call["q"].get_device())
+    plan = launch.plan(record, operands, (call["q_eps"], call["k_eps"]), tokens, target)
     inductor.launch(with_warps(plan.kernel, plan.warps), plan)
     return q_out, k_out
+
+
+@functools.cache
+def target_of(device: torch.device) -> str:
+    """A GPU's target, as the launch tables name it: sm_90, gfx942."""
+    if torch.version.hip is not None:
+        name: str = torch.cuda.get_device_properties(device).gcnArchName
+        return name.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
 
 
 def _result(x: Any, stream: Stream) -> tuple[Any, launch.Operand]:

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.aot
 
 def launched(case: Operands) -> tuple[torch.Tensor, torch.Tensor]:
     from fxfuse import ops
-    from fxfuse.lowering import kernels, launch
+    from fxfuse.lowering import direct
 
     q, k = case.tensors["q"], case.tensors["k"]
     assert q is not None
@@ -31,13 +31,7 @@ def launched(case: Operands) -> tuple[torch.Tensor, torch.Tensor]:
     tensors = {**case.tensors, "q_out": results[0]}
     if results[1].dim() == 4:
         tensors["k_out"] = results[1]
-    facts = {
-        name: launch.Operand(x, tuple(x.shape), x.stride())
-        for name, x in tensors.items()
-        if x is not None
-    }
-    plan = launch.plan(case.record, facts, case.eps, q.shape[1])
-    getattr(kernels, plan.kernel)[plan.grid](**plan.arguments, **plan.constants)
+    direct.prepared(direct.planned(case.record, tensors, case.eps))()
     return results
 
 

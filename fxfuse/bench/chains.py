@@ -52,6 +52,9 @@ def rotate_gptj(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 NORMS = {"rms": rms_norm, "gemma": gemma_norm}
+# Rotations whose chains look their tables up.
+LOOKED_UP = ("neox", "gptj")
+
 ROTATIONS = {
     "half": rotate_by_half,
     "chunk": rotate_by_chunk,

@@ -175,7 +175,8 @@ def cases(
 def _stages(shape: Shape, entry: Recipe) -> str:
     """The stages that a report names where the whole chain is fused."""
     norm = {"rms": ["rms_norm"], "gemma": ["rms_norm(1+w)"]}.get(shape.norm or "", [])
-    return " + ".join([*norm, "rope", *(["store(k,v)"] if entry.store else [])])
+    rope = "rope(by position)" if shape.rotation in chains.LOOKED_UP else "rope"
+    return " + ".join([*norm, rope, *(["store(k,v)"] if entry.store else [])])
 
 
 @functools.lru_cache(maxsize=2)
