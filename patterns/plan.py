@@ -118,14 +118,15 @@ class _Planner:
         return self._operand_of_attention(decoded) == 1 or self._store_of(decoded) is not None
 
     def _joinable(self, a: Decoded, b: Decoded) -> bool:
-        """Streams of one attention: they turn by the same rows of the same tables; or it reads them
-        unrotated, one as q and one as k, of as many tokens.
+        """Streams of one attention, of as many tokens: they turn by the same rows of the same
+        tables; or it reads them unrotated, one as q and one as k.
         """
+        if _row_sizes(a) != _row_sizes(b) or a.value.dtype != b.value.dtype:
+            return False
         if a.stream.rotation is None or b.stream.rotation is None:
             (call, i), (other, j) = (self.frontier.reader_of.get(d.slot, (None, 0)) for d in (a, b))
-            alike = _row_sizes(a) == _row_sizes(b) and a.value.dtype == b.value.dtype
-            return call is not None and call is other and i != j and alike
-        return a.cos == b.cos and a.sin == b.sin and a.value.dtype == b.value.dtype
+            return call is not None and call is other and i != j
+        return a.cos == b.cos and a.sin == b.sin
 
     def _site(self, a: Decoded, b: Decoded | None) -> Site | None:
         """The site of one or two streams with as many stores as memory allows; None if it allows no

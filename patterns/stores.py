@@ -10,12 +10,13 @@ from typing import Any, Literal, TypeAlias, TypeVar
 import torch
 
 from fxfuse.patterns.access import Refused
+from fxfuse.patterns.atoms import divide
 from fxfuse.patterns.cut import seen_from
 from fxfuse.patterns.read import Reading
 from fxfuse.patterns.record import Pass, Store, Stream
 from fxfuse.patterns.site import Access, Decoded, StoreWrite
-from fxfuse.patterns.value import Leaf
-from fxfuse.slots import Call, Slot
+from fxfuse.patterns.value import Atom, Index, Leaf
+from fxfuse.slots import Call, Size, Slot
 
 aten = torch.ops.aten
 
@@ -129,15 +130,29 @@ def stored_copy(reading: Reading, store: StoreWrite) -> Decoded | None:
 
 
 def rows_fit(reading: Reading, store: StoreWrite, decoded: Decoded) -> bool:
-    """Whether the stored value's axes are the stream's batch, head and token axes in the cache's
-    order.
+    """Whether the stored value is the whole stream, its axes the stream's batch, head and token
+    axes in the cache's order.
     """
     order = (0, 2, 1) if store.record.heads_first else (0, 1, 2)
     value = seen_from(reading, decoded.slot, store.value)
     if value is None or len(value.terms) != 1 or len(value.dims) + len(store.lifted()) != 4:
         return False
+    (factor,) = value.terms[0].factors
+    walked = [
+        _walked(index, size) for index, size in zip(factor.axes, factor.leaf.shape, strict=True)
+    ]
     rows = [*(decoded.rows[i] for i in order), len(decoded.slot.shape) - 1]
-    axes = value.terms[0].factors[0].axes
-    whole = [() if j is None else tuple(a for a, _ in axes[j].strides) for j in rows]
+    whole = [() if j is None else walked[j] for j in rows]
     stored = [() if (j := store.axis(i)) is None else value.dims[j] for i in range(4)]
-    return stored == whole
+    return None not in walked and stored == whole
+
+
+def _walked(index: Index, size: Size) -> tuple[Atom, ...] | None:
+    """The atoms that walk an axis from its first to its last element, in order."""
+    reached: Size = 1
+    for atom, stride in reversed(index.strides):
+        if stride != reached:
+            return None
+        reached = reached * atom.size
+    is_whole = not any(index.offsets) and divide(size, reached) == 1
+    return tuple(a for a, _ in index.strides) if is_whole else None

@@ -103,14 +103,29 @@ def rows_of_one_head(q: Tensor, k: Tensor, v: Tensor, ks: Tensor, vs: Tensor, sl
     return attend(q, ks, vs)
 
 
+def first_tokens(q: Tensor, k: Tensor, v: Tensor, ks: Tensor, vs: Tensor, slots: Tensor) -> Any:
+    ks.index_copy_(2, slots[:3], k[:, :, :3])
+    vs.index_copy_(2, slots[:3], v[:, :, :3])
+    return attend(q, ks, vs)
+
+
 @pytest.mark.parametrize(
     "finish",
-    [by_slices, by_cat, by_functional_index_copy, added_up, rows_of_one_head],
+    [by_slices, by_cat, by_functional_index_copy, added_up, rows_of_one_head, first_tokens],
     ids=lambda f: f.__name__,
 )
 def test_other_writes_stay_the_models(finish: Finish) -> None:
     report = check(finish)
     assert stages(report) == [""], "the rotation is fused, the write is not"
+
+
+def test_one_head_of_two_is_not_the_whole_of_k() -> None:
+    def finish(q: Tensor, k: Tensor, v: Tensor, ks: Tensor, vs: Tensor, slots: Tensor) -> Any:
+        ks.index_copy_(1, slots, k[:, 0])
+        vs.index_copy_(1, slots, v[:, 0])
+        return attend(q, k, v)
+
+    assert stages(check(finish, lambda: [*torch.full((2, B, S, D), 3.0), SLOTS])) == [""]
 
 
 def test_k_alone_when_v_is_written_otherwise() -> None:
