@@ -236,14 +236,29 @@ def _rows(parts: Parts) -> tuple[tuple[int | None, int | None, int | None], bool
         if a in value.dims[d]
     }
     heads = [d for d in dims if head and head[0] in value.dims[d]]
-    if not heads and len(dims) == 3:
-        free = [d for d in [1, 2, 0] if d in dims and d not in turning]
-        # Where nothing turns, no table tells heads from tokens: one head is an axis of size 1.
-        single = [] if any(parts.tables) else [d for d in free if not value.dims[d]]
-        heads = [*single, *free][:1]
+    heads = heads or _unturned(value, dims, turning, rotates=any(parts.tables))
     rest = [d for d in dims if d not in heads]
     batch, token = (None, *rest) if len(rest) == 1 else rest if len(rest) == 2 else (None, None)
     return (batch, token, heads[0] if heads else None), bool(set(heads) & turning)
+
+
+def _unturned(value: Value, dims: list[int], turning: set[int], *, rotates: bool) -> list[int]:
+    """The dim of heads that are an axis of the source's own: no table turns by it, nor where there
+    is one head by more than size tells.
+    """
+    if len(dims) == 2:
+        # Tokens without a batch axis; one token is an axis of size 1.
+        tokens_first = turning == {0} or (not value.dims[0] and not turning)
+        return [1] if rotates and tokens_first else []
+    if len(dims) < 3:
+        return []
+    free = [d for d in [1, 2, 0] if d in dims and d not in turning]
+    # Where nothing turns, no table tells heads from tokens: one head is an axis of size 1.
+    likely = [d for d in free if not rotates and not value.dims[d]]
+    if rotates and not turning & {1, 2}:
+        # One token turns by no more than a batch row does: heads are the axis of another size.
+        likely = [d for d in free if d and value.dims[d]]
+    return [*likely, *free][:1]
 
 
 def _table(parts: Parts, leaf: Leaf, atoms: Sequence[tuple[Atom, ...]]) -> Access:

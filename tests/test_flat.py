@@ -81,3 +81,57 @@ def test_heads_before_tokens_are_joined_where_they_are_as_many() -> None:
 def test_a_k_that_all_batch_rows_share_is_an_op_of_its_own() -> None:
     shapes = [(3, 5, H, D), (1, 5, G, D), (1, 5, G, D)]
     assert len(check(Rotated(returned), shapes, torch.arange(5)).fused) == 2
+
+
+# --- stores ------------------------------------------------------------------------------------
+
+SLOTS = torch.tensor([7, 2, 9, 0, 4])
+S = 12
+
+
+def each(write: Callable[[Tensor, Tensor, Tensor], Any]) -> Finish:
+    """write(cache, slots, rows) for k and v; q is what attention gets."""
+
+    def finish(q: Tensor, k: Tensor, v: Tensor, ks: Tensor, vs: Tensor, slots: Tensor) -> Any:
+        write(ks, slots, k)
+        write(vs, slots, v)
+        return q
+
+    return finish
+
+
+FLAT: dict[str, tuple[Any, tuple[int, ...]]] = {
+    "index_copy_": (lambda c, s, x: c.index_copy_(0, s, x), (S,)),
+    "index_put_": (lambda c, s, x: c.index_put_((s,), x), (S,)),
+    "index_copy_, four axes": (lambda c, s, x: c.index_copy_(1, s, x[None]), (1, S)),
+}
+BATCHED: dict[str, tuple[Any, tuple[int, ...]]] = {
+    "squeeze": (lambda c, s, x: c.index_copy_(0, s, x.squeeze(0)), (S,)),
+    "select": (lambda c, s, x: c.index_put_((s,), x[0]), (S,)),
+    "view": (lambda c, s, x: c.index_copy_(0, s, x.view(-1, *x.shape[2:])), (S,)),
+    "flatten": (lambda c, s, x: c.index_copy_(0, s, x.flatten(0, 1)), (S,)),
+    "four axes": (lambda c, s, x: c.index_copy_(1, s, x), (1, S)),
+}
+LAYOUTS = [("flat", name) for name in FLAT] + [("batched", name) for name in BATCHED]
+
+
+def stored(
+    write: Any, lead: tuple[int, ...], cache: tuple[int, ...], tokens: int, heads: int, slots: Any
+) -> fxfuse.Report:
+    """The report of q, k and v of [*lead, tokens, heads, D] stored in two caches with canaries."""
+    memory = [torch.full(cache, 3.0), torch.full(cache, 4.0), slots]
+    shapes = [(*lead, tokens, n, D) for n in (H, heads, heads)]
+    return check(Rotated(each(write)), shapes, 3 + torch.arange(tokens).view(*lead, -1), *memory)
+
+
+@pytest.mark.null
+@pytest.mark.parametrize("heads", [G, 1, H])
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize(("kind", "name"), LAYOUTS, ids=" ".join)
+def test_a_flat_cache_is_stored_to(kind: str, name: str, tokens: int, heads: int) -> None:
+    write, cache = (FLAT if kind == "flat" else BATCHED)[name]
+    lead = () if kind == "flat" else (1,)
+    report = stored(write, lead, (*cache, heads, D), tokens, heads, SLOTS[:tokens])
+    (fused,) = report.fused
+    assert fused.stages == ("rope", "store(k,v)") and not report.refused
+    assert not fused.record.store.heads_first and not fused.record.k.keep
