@@ -30,7 +30,7 @@ from fxfuse.patterns.site import (
     fuse_all,
     location,
 )
-from fxfuse.patterns.stores import find_stores, rows_fit, stored_copy
+from fxfuse.patterns.stores import check_rows, find_stores, stored_copy
 from fxfuse.slots import Call, Scalar, Size, Slot
 
 aten = torch.ops.aten
@@ -185,8 +185,12 @@ class _Planner:
     def _store_of(self, decoded: Decoded) -> StoreWrite | None:
         """The cache write of a stream's result, seen through views."""
         for store in self.stored_from.get(decoded.slot, ()):
-            if rows_fit(self.reading, store, decoded):
-                return store
+            try:
+                check_rows(self.reading, store, decoded)
+            except Refused as reason:
+                self.store_reasons[store.call] = str(reason)
+                continue
+            return store
         return None
 
     def _origin(self, slot: Slot) -> Slot:
@@ -204,7 +208,7 @@ class _Planner:
         for store in self._beside(k_store):
             if store.record != k_store.record:
                 reason = f"stored as {store.record} where k is stored as {k_store.record}"
-            elif stored_copy(self.reading, store) is None:
+            elif store.value not in self.uses.holder or not stored_copy(self.reading, store):
                 reason = "stored rows that are no view of a tensor of the graph"
             else:
                 return store

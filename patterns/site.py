@@ -79,7 +79,8 @@ class Refusal:
 @dataclasses.dataclass(frozen=True, eq=False)
 class StoreWrite:
     """One write of a decoded value into a cache: `cache[..., slots, ...] = value` along its token
-    axis. `missing` is the axis of four that cache and value do not have, its batch or its heads.
+    axis. `missing` is the axis of four that cache and value do not have, its batch or its heads;
+    `lead` how many axes of size 1 the value lacks in front, or has beyond the cache's if below 0.
     """
 
     call: Call
@@ -88,16 +89,23 @@ class StoreWrite:
     value: Slot
     record: Store
     missing: int | None = None
+    lead: int = 0
 
     def axis(self, i: int) -> int | None:
         """The value's axis that is axis i of four."""
-        if self.missing is None:
-            return i
-        return None if i == self.missing else i - (i > self.missing)
+        if i == self.missing:
+            return None
+        place = i - (self.missing is not None and i > self.missing) - self.lead
+        return place if place >= 0 else None
 
     def lifted(self) -> tuple[Step, ...]:
-        """The views that give cache and value four axes."""
+        """The views that give the cache four axes."""
         return () if self.missing is None else (("unsqueeze", self.missing),)
+
+    def lifted_value(self) -> tuple[Step, ...]:
+        """The views that give the value four axes."""
+        step: Step = ("unsqueeze", 0) if self.lead > 0 else ("select", 0, 0)
+        return (*[step] * abs(self.lead), *self.lifted())
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -26,6 +26,12 @@ LAYOUTS: dict[Any, Callable[[Call], StoreWrite]] = {}
 F = TypeVar("F", bound=Callable[[Call], StoreWrite])
 
 
+# Where tokens are, by a cache's rank and its token axis: the axis of four that it does not have.
+MISSING: dict[tuple[int, int], int | None] = {(4, 1): None, (4, 2): None, (3, 0): 0, (3, 1): 2}
+TOKEN_AXES = "axis 1 or 2 of four, or 0 or 1 of three"
+AXES = ("batch", "tokens", "heads", "channels")
+
+
 def cache_layout(op: Any) -> Callable[[F], F]:
     """Enter a reader of one op's cache writes; it raises Refused for its other writes."""
 
@@ -59,19 +65,34 @@ def rows_write(
     """Whole rows at the slots of a [B, G, S, D] or [B, S, G, D] cache, the same for all of B; or of
     one without heads, [B, S, D], or without a batch, [S, G, D], as a paged cache's flat view.
     """
-    rank = len(cache.shape)
-    if len(value.shape) != rank or (rank, dim) not in ((4, 1), (4, 2), (3, 0), (3, 1)):
-        axes = f"{len(value.shape)} axes along axis {dim} of a cache of {rank}"
-        raise Refused(f"rows of {axes}, wanted three or four axes and a token axis")
+    value = _before_setitem(call, value)
+    rank, lead = len(cache.shape), len(cache.shape) - len(value.shape)
+    if (rank, dim) not in MISSING:
+        shape = list(cache.shape)
+        raise Refused(f"rows along axis {dim} of a cache of shape {shape}, wanted {TOKEN_AXES}")
     if slots.dtype not in (torch.int64, torch.int32) or len(slots.shape) != 1:
-        raise Refused("slots that are no vector of integers")
+        raise Refused(f"slots {list(slots.shape)} of {slots.dtype}, wanted a vector of integers")
     if cache.dtype != value.dtype:
         raise Refused(f"a cache of {cache.dtype} for rows of {value.dtype}")
     wanted = [*cache.shape[:dim], slots.shape[0], *cache.shape[dim + 1 :]]
-    if list(value.shape) != wanted:
+    found = [1] * lead + list(value.shape[max(-lead, 0) :])
+    if found != wanted or any(s != 1 for s in value.shape[: max(-lead, 0)]) or not value.shape:
         raise Refused(f"rows of shape {list(value.shape)} where the cache takes {wanted}")
     record = Store(heads_first=dim == 2, negative=negative)
-    return StoreWrite(call, cache, slots, value, record, None if rank == 4 else 2 * dim)
+    return StoreWrite(call, cache, slots, value, record, MISSING[rank, dim], lead)
+
+
+def _before_setitem(call: Call, value: Slot) -> Slot:
+    """Rows as the graph holds them: Python's `cache[slots] = rows` drops their leading axes of
+    size 1 inside of its call.
+    """
+    made = value.call
+    if made is None or made.node is not call.node or made.op is not aten.view.default:
+        return value
+    rows = made.inputs()[0]
+    dropped = len(rows.shape) - len(value.shape)
+    same = dropped > 0 and rows.shape == (1,) * dropped + value.shape
+    return rows if same else value
 
 
 def find_stores(reading: Reading) -> tuple[list[StoreWrite], dict[Call, str]]:
@@ -125,26 +146,38 @@ def stored_copy(reading: Reading, store: StoreWrite) -> Decoded | None:
         keep=False,
     )
     b, t, h = (store.axis(i) for i in order[:3])
-    steps = (*store.lifted(), ("permute", order))
+    steps = (*store.lifted_value(), ("permute", order))
     return Decoded(slot, value, stream, (b, t, h), Access(leaf, steps))
 
 
-def rows_fit(reading: Reading, store: StoreWrite, decoded: Decoded) -> bool:
-    """Whether the stored value is the whole stream, its axes the stream's batch, head and token
-    axes in the cache's order.
+def check_rows(reading: Reading, store: StoreWrite, decoded: Decoded) -> None:
+    """Raises Refused unless the stored value is the whole stream, its axes the stream's batch, head
+    and token axes in the cache's order.
     """
     order = (0, 2, 1) if store.record.heads_first else (0, 1, 2)
     value = seen_from(reading, decoded.slot, store.value)
-    if value is None or len(value.terms) != 1 or len(value.dims) + len(store.lifted()) != 4:
-        return False
+    if value is None or len(value.terms) != 1:
+        raise Refused("stored rows that are no view of the rotated ones")
     (factor,) = value.terms[0].factors
-    walked = [
-        _walked(index, size) for index, size in zip(factor.axes, factor.leaf.shape, strict=True)
-    ]
-    rows = [*(decoded.rows[i] for i in order), len(decoded.slot.shape) - 1]
+    shape = list(decoded.slot.shape)
+    walked = [_walked(index, size) for index, size in zip(factor.axes, shape, strict=True)]
+    if None in walked:
+        raise Refused(f"rows of shape {list(store.value.shape)} that are a part of {shape}")
+    rows = [*(decoded.rows[i] for i in order), len(shape) - 1]
     whole = [() if j is None else walked[j] for j in rows]
     stored = [() if (j := store.axis(i)) is None else value.dims[j] for i in range(4)]
-    return None not in walked and stored == whole
+    if stored != whole:
+        names = {atoms: AXES[i] for atoms, i in zip(whole, (*order, 3), strict=True) if atoms}
+        found = [names.get(atoms, "others" if atoms else "1") for atoms in stored]
+        wanted = [AXES[i] for i in (*order, 3)]
+        raise Refused(
+            f"rows of axes {_kept(found, store)} where the cache has {_kept(wanted, store)}"
+        )
+
+
+def _kept(names: list[str], store: StoreWrite) -> str:
+    """Of names of four axes those that the cache has."""
+    return f"[{', '.join(name for i, name in enumerate(names) if i != store.missing)}]"
 
 
 def _walked(index: Index, size: Size) -> tuple[Atom, ...] | None:

@@ -48,15 +48,20 @@ def draw(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def check(toy: Rotated, shapes: list[tuple[int, ...]], *given: Tensor) -> fxfuse.Report:
-    """Results with their strides, and memory, are eager's; the report."""
+def check(
+    toy: Rotated, shapes: list[tuple[int, ...]], *given: Tensor, compiler: str = "eager"
+) -> fxfuse.Report:
+    """Results, strides and memory are eager's; the report."""
     rows = [draw(*shape, seed=i) for i, shape in enumerate(shapes)]
     copies = [x.clone() for x in given]
+    others = [x.clone() for x in rows]
     with torch.no_grad():
-        want = toy(*rows, *copies)
-        got = torch.compile(toy, backend=fxfuse.Backend(compiler="eager"))(*rows, *given)
+        want = toy(*others, *copies)
+        got = torch.compile(toy, backend=fxfuse.Backend(compiler=compiler))(*rows, *given)
     assert_like(got, want)
-    assert_like(list(given), copies)
+    if isinstance(want, Tensor):
+        assert got.stride() == want.stride()
+    assert_like([*rows, *given], [*others, *copies])
     report = fxfuse.last_report()
     assert report is not None
     return report
@@ -121,7 +126,7 @@ def stored(
     """The report of q, k and v of [*lead, tokens, heads, D] stored in two caches with canaries."""
     memory = [torch.full(cache, 3.0), torch.full(cache, 4.0), slots]
     shapes = [(*lead, tokens, n, D) for n in (H, heads, heads)]
-    return check(Rotated(each(write)), shapes, 3 + torch.arange(tokens).view(*lead, -1), *memory)
+    return check(Rotated(each(write)), shapes, 3 + torch.arange(tokens).expand(*lead, -1), *memory)
 
 
 @pytest.mark.null
@@ -135,3 +140,168 @@ def test_a_flat_cache_is_stored_to(kind: str, name: str, tokens: int, heads: int
     (fused,) = report.fused
     assert fused.stages == ("rope", "store(k,v)") and not report.refused
     assert not fused.record.store.heads_first and not fused.record.k.keep
+
+
+def put(cache: Tensor, slots: Tensor, rows: Tensor) -> None:
+    cache[slots] = rows
+
+
+def put_behind(cache: Tensor, slots: Tensor, rows: Tensor) -> None:
+    cache[:, slots] = rows
+
+
+def put_third(cache: Tensor, slots: Tensor, rows: Tensor) -> None:
+    cache[:, :, slots] = rows.transpose(-2, -3)
+
+
+def put_first(cache: Tensor, slots: Tensor, rows: Tensor) -> None:
+    cache[slots] = rows[0]
+
+
+SETITEMS: dict[str, tuple[Any, tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = {
+    "flat": (put, (), (S,), ()),
+    "flat, four axes": (put_behind, (), (1, S), ()),
+    "flat, heads first": (put_third, (), (1,), (S,)),
+    "batched": (put_first, (1,), (S,), ()),
+    "batched, four axes": (put_behind, (1,), (1, S), ()),
+    "batched, heads first": (put_third, (1,), (1,), (S,)),
+}
+
+
+@pytest.mark.null
+@pytest.mark.parametrize("heads", [G, 1])
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("name", SETITEMS)
+def test_setitem_drops_leading_axes_of_size_1(name: str, tokens: int, heads: int) -> None:
+    write, lead, before, after = SETITEMS[name]
+    slots = torch.tensor([-1, 2, -5, 0, 4])[:tokens]
+    report = stored(write, lead, (*before, heads, *after, D), tokens, heads, slots)
+    (fused,) = report.fused
+    assert fused.stages == ("rope", "store(k,v)") and not report.refused
+    assert fused.record.store.heads_first == bool(after)
+    assert fused.record.store.negative == "wrap"
+
+
+@pytest.mark.null
+@pytest.mark.parametrize("rows", [lambda x: x[0], lambda x: x, lambda x: x[None]])
+def test_one_token_of_fewer_or_more_axes(rows: Any) -> None:
+    """Rows that are broadcast along axes of size 1 alone."""
+    report = stored(lambda c, s, x: put(c, s, rows(x)), (), (S, G, D), 1, G, SLOTS[:1])
+    assert [f.stages for f in report.fused] == [("rope", "store(k,v)")]
+
+
+# What is no store of ours: lead, tokens, heads, cache, slots, write, and what the report says.
+ONE = torch.tensor([3, 1, 8])
+MISSES: dict[str, tuple[Any, ...]] = {
+    "one row for several slots": (
+        (), 1, G, (S, G, D), ONE, lambda c, s, x: c.index_put_((s,), x),
+        "rows of shape [1, 2, 16] where the cache takes [3, 2, 16]",
+    ),
+    "one row for several slots, repeated": (
+        (), 1, G, (S, G, D), ONE, lambda c, s, x: c.index_put_((s,), x.expand(3, -1, -1)),
+        "rows of axes [others, heads, channels] where the cache has [tokens, heads, channels]",
+    ),
+    "one row of one head for several slots": (
+        (), 1, 1, (S, 1, D), ONE, lambda c, s, x: c.index_copy_(0, s, x.expand(3, -1, -1)),
+        "rows of axes [others, 1, channels] where the cache has [tokens, heads, channels]",
+    ),
+    "one row by setitem": (
+        (), 1, G, (S, G, D), ONE, put,
+        "rows of shape [1, 2, 16] where the cache takes [3, 2, 16]",
+    ),
+    "one head for several": (
+        (), 5, 1, (S, G, D), SLOTS, lambda c, s, x: c.index_put_((s,), x),
+        "rows of shape [5, 1, 16] where the cache takes [5, 2, 16]",
+    ),
+    "another axis": (
+        (), 5, G, (5, S, D), SLOTS[:2], lambda c, s, x: c.index_copy_(1, s, x),
+        "rows of axes [tokens, heads, channels] where the cache has [batch, tokens, channels]",
+    ),
+    "tokens in the place of heads": (
+        (), 5, 5, (S, 5, D), SLOTS, lambda c, s, x: c.index_copy_(0, s, x.transpose(0, 1)),
+        "rows of axes [heads, tokens, channels] where the cache has [tokens, heads, channels]",
+    ),
+    "channels in the place of tokens": (
+        (), D, G, (S + D, G, D), torch.arange(D),
+        lambda c, s, x: c.index_copy_(0, s, x.transpose(0, 2)),
+        "rows of axes [channels, heads, tokens] where the cache has [tokens, heads, channels]",
+    ),
+    "the axis of channels": (
+        (), 5, G, (5, G, 2 * D), torch.arange(D), lambda c, s, x: c.index_copy_(2, s, x),
+        "rows along axis 2 of a cache of shape [5, 2, 32], wanted axis 1 or 2 of four, "
+        "or 0 or 1 of three",
+    ),
+    "a table of slots": (
+        (1,), 5, G, (S, G, D), SLOTS[None], put,
+        "slots [1, 5] of torch.int64, wanted a vector of integers",
+    ),
+    "added up": (
+        (), 5, G, (S, G, D), SLOTS, lambda c, s, x: c.index_put_((s,), x, accumulate=True),
+        "an index_put_ that is no plain write of rows",
+    ),
+    "the first tokens": (
+        (), 5, G, (S, G, D), SLOTS[:3], lambda c, s, x: c.index_copy_(0, s, x[:3]),
+        "rows of shape [3, 2, 16] that are a part of [5, 2, 16]",
+    ),
+    "one token of five": (
+        (1,), 5, G, (S, G, D), SLOTS[:1], lambda c, s, x: c.index_copy_(0, s, x[:, 2]),
+        "rows of shape [1, 2, 16] that are a part of [1, 5, 2, 16]",
+    ),
+    "one of two batch rows": (
+        (2,), 1, G, (S, G, D), SLOTS[:1], lambda c, s, x: c.index_copy_(0, s, x[1]),
+        "rows of shape [1, 2, 16] that are a part of [2, 1, 2, 16]",
+    ),
+    "batch rows as tokens": (
+        (2,), 1, G, (S, G, D), SLOTS[:2], lambda c, s, x: c.index_copy_(0, s, x.flatten(0, 1)),
+        "rows of axes [batch, heads, channels] where the cache has [tokens, heads, channels]",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.null
+@pytest.mark.parametrize("name", MISSES)
+def test_what_is_no_store_of_whole_rows(name: str) -> None:
+    lead, tokens, heads, cache, slots, write, reason = MISSES[name]
+    report = stored(write, lead, cache, tokens, heads, slots)
+    assert [f.stages for f in report.fused] == [("rope",)]
+    assert [(r.stage, r.reason) for r in report.refused] == [("store", reason)]
+
+
+@pytest.mark.null
+def test_slots_that_are_more_than_tokens_are_the_models_error() -> None:
+    for write in (put, lambda c, s, x: c.index_copy_(0, s, x)):
+        with pytest.raises(Exception, match=r"shape|size|elements"):
+            stored(write, (), (S, G, D), 3, G, SLOTS)
+
+
+@pytest.mark.null
+def test_rows_that_are_written_to_before_the_store() -> None:
+    def finish(q: Tensor, k: Tensor, v: Tensor, ks: Tensor, vs: Tensor, slots: Tensor) -> Any:
+        k[0].zero_()
+        put(ks, slots, k)
+        v.mul_(2)
+        put(vs, slots, v)
+        return q
+
+    memory = [torch.full((S, G, D), 3.0), torch.full((S, G, D), 4.0), SLOTS]
+    shapes = [(5, n, D) for n in (H, G, G)]
+    assert [f.stages for f in check(Rotated(finish), shapes, torch.arange(5), *memory).fused] == [
+        ("rope",)
+    ]
+
+
+@pytest.mark.null
+def test_two_caches_of_one_pool() -> None:
+    pool = torch.full((2, S, G, D), 3.0)
+    shapes = [(1, n, D) for n in (H, G, G)]
+    report = check(Rotated(each(put)), shapes, torch.arange(1), pool[0], pool[1], SLOTS[:1])
+    assert [f.stages for f in report.fused] == [("rope", "store(k)")]
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_inductor_stores_to_a_flat_cache(tokens: int) -> None:
+    memory = [torch.full((S, G, D), 3.0), torch.full((S, G, D), 4.0), SLOTS[:tokens]]
+    shapes = [(tokens, n, D) for n in (H, G, G)]
+    report = check(Rotated(each(put)), shapes, torch.arange(tokens), *memory, compiler="inductor")
+    assert [f.stages for f in report.fused] == [("rope", "store(k,v)")]
