@@ -109,6 +109,9 @@ def _leaf(like: Leaf, slot: Slot) -> Leaf:
     return dataclasses.replace(like, shape=slot.shape, dtype=slot.dtype, slot=slot, definition=None)
 
 
+ROW_STEPS = ("select", "unsqueeze", "narrow")
+
+
 def _row_steps(steps: Sequence[Step], rank: int) -> tuple[Step, ...] | None:
     """The steps of a table's access as steps of its positions, which lack the last axis; None
     where they touch that axis.
@@ -119,7 +122,7 @@ def _row_steps(steps: Sequence[Step], rank: int) -> tuple[Step, ...] | None:
             if args[0][-1] != rank - 1:
                 return None
             args = [args[0][:-1]]
-        elif name not in ("select", "unsqueeze", "narrow") or not 0 <= args[0] < rank - 1:
+        elif name not in ROW_STEPS or not 0 <= args[0] < rank - 1 + (name == "unsqueeze"):
             return None
         rank += {"select": -1, "unsqueeze": 1}.get(name, 0)
         rows.append((name, *args))

@@ -31,17 +31,17 @@ def _fresh() -> None:
 class Looked(nn.Module):
     """q and k [B, H, T, D] turned by rows of a table [N, 2 D] that `take` gives."""
 
-    def __init__(self, take: Take, layers: int = 1) -> None:
+    def __init__(self, take: Take, layers: int = 1, tokens: int = T) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
-        self.take, self.layers = take, layers
+        self.take, self.layers, self.tokens = take, layers, tokens
         self.project = nn.Linear(8, (HEADS + 2 * G) * D, bias=False)
         angles = torch.randn(N, D // 2, generator=generator).repeat(1, 2)
         self.register_buffer("table", torch.cat([angles.cos(), angles.sin()], -1))
 
     def forward(self, x: Tensor, positions: Tensor) -> Tensor:
         cos, sin = self.take(self.table, positions).chunk(2, -1)
-        cos, sin = (t.reshape(-1, 1, T, D) for t in (cos, sin))
+        cos, sin = (t.reshape(-1, 1, self.tokens, D) for t in (cos, sin))
         for _ in range(self.layers):
             y = self.project(x).unflatten(-1, (-1, D)).transpose(1, 2)
             q, k, v = y.split([HEADS, G, G], 1)
@@ -52,7 +52,7 @@ class Looked(nn.Module):
 
 def stages(toy: Looked, positions: Tensor, compiler: str = "eager") -> list[str]:
     """The stages of a toy's sites; the result must be eager's."""
-    x = torch.randn(B, T, 8, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(B, toy.tokens, 8, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         want = toy(x, positions.clone())
         backend = fxfuse.Backend(compiler=compiler)
@@ -78,6 +78,11 @@ TAKES: dict[str, tuple[Take, Tensor]] = {
 def test_the_op_looks_up_what_it_alone_reads(name: str) -> None:
     take, positions = TAKES[name]
     assert "rope(by position)" in stages(Looked(take), positions)
+
+
+def test_of_one_token_too() -> None:
+    toy = Looked(lambda table, at: table[at], tokens=1)
+    assert "rope(by position)" in stages(toy, ONE_ROW[:1])
 
 
 def test_it_does_so_through_inductor() -> None:
