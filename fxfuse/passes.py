@@ -14,6 +14,7 @@ from fxfuse.functional import without_own_writes
 from fxfuse.lens import look
 from fxfuse.lowering import gate, norm_launch
 from fxfuse.lowering.providers import Facts, choose
+from fxfuse.patterns.add_norm import rows_count
 from fxfuse.patterns.plan import plan
 from fxfuse.patterns.read import read
 from fxfuse.patterns.record import AddNorm, Record
@@ -89,7 +90,9 @@ def _fuse(gm: fx.GraphModule, settings: Settings, report: Report) -> fx.GraphMod
         return given
     with _timed(report, "rewrite"):
         fused = rewrite(gm, view, planned)
-    report.fused += [fused_of(site, _provider(site, settings)) for site in planned.sites]
+    report.fused += [
+        fused_of(site, _provider(site, settings), _gain(site, settings)) for site in planned.sites
+    ]
     report.fused += [fused_norm(site, _norm_provider(site, settings)) for site in planned.norms]
     return fused
 
@@ -105,6 +108,15 @@ def _gate(settings: Settings) -> Gate:
         return "" if decision.fuse else f"{decision.reason} (target {target})"
 
     return reason
+
+
+def _gain(site: Site, settings: Settings) -> float | None:
+    """How much faster than Inductor's own code the gate expects a site to be."""
+    if settings.compiler != "inductor":
+        return None
+    slot = site.q.slot
+    rows = rows_count(tuple(slot.shape[r] for r in site.q.rows[:2] if r is not None))
+    return gate.decide(slot.device.type, site.kind, gate.Facts(rows, site.record)).gain
 
 
 def _reason_to_leave(settings: Settings) -> str:

@@ -14,8 +14,9 @@ from fxfuse.patterns.site import Left, NormSite, Refusal, Site, location
 
 @dataclasses.dataclass(frozen=True)
 class Fused:
-    """One fused site: its stages, the model's file:line, the op it became, who lowers it, and its
-    record.
+    """One fused site: its stages, the model's file:line, the op it became, who lowers it, its
+    record, and how many times faster than Inductor's own code the gate expects it to be (None where
+    nobody has measured it).
     """
 
     stages: tuple[str, ...]
@@ -25,6 +26,7 @@ class Fused:
     record: Record | AddNorm
     eps: tuple[Any, ...]
     kind: str = "attention"
+    gain: float | None = None
 
 
 @dataclasses.dataclass
@@ -60,10 +62,13 @@ class Report:
             f"fxfuse: {len(self.fused)} fused, {len(self.refused)} refused, {self.graphs} graph(s)"
         ]
         rows = Counter(
-            (" + ".join(f.stages), _short(f.record), f.op, f.provider, f.where) for f in self.fused
+            (" + ".join(f.stages), _short(f.record), f.op, f.provider, _expected(f.gain), f.where)
+            for f in self.fused
         )
-        for (stages, rotation, op, provider, where), count in rows.items():
-            lines.append(f"  {count:3d} × {stages}  [{rotation}]  {op} by {provider}  {where}")
+        for (stages, rotation, op, provider, gain, where), count in rows.items():
+            lines.append(
+                f"  {count:3d} × {stages}  [{rotation}]  {op} by {provider}{gain}  {where}"
+            )
         for refusal, count in Counter(map(str, self.refused)).items():
             lines.append(f"  refused {count} × {refusal}")
         for (kind, reason), count in Counter((x.kind, x.reason) for x in self.left).items():
@@ -126,7 +131,11 @@ def fused_norm(site: NormSite, provider: str) -> Fused:
     return Fused(stages_of(site.record), where, op, provider, site.record, eps, site.kind)
 
 
-def fused_of(site: Site, provider: str) -> Fused:
+def _expected(gain: float | None) -> str:
+    return "" if gain is None else f", {gain:.1f} × Inductor expected"
+
+
+def fused_of(site: Site, provider: str, gain: float | None = None) -> Fused:
     op = "norm_rope_store_" if site.record.store else "norm_rope"
     eps = (site.q.eps, site.k.eps if site.k else 0.0)
     where = location(site.q.slot.node)
@@ -134,7 +143,7 @@ def fused_of(site: Site, provider: str) -> Fused:
     stages = stages_of(site.record)
     if site.q.positions is not None:
         stages = tuple("rope(by position)" if stage == "rope" else stage for stage in stages)
-    return Fused(stages, where, op, provider, site.record, eps, site.kind)
+    return Fused(stages, where, op, provider, site.record, eps, site.kind, gain)
 
 
 _lock = threading.Lock()

@@ -40,9 +40,17 @@ class Entry:
     most_rows: int | None = None
 
 
+# Up to how many tokens, and Inductor's time over ours: geometric means of `fxfuse bench prelude` on
+# an H200 (benchmarks/results).
+ATTENTION_GAINS = ((1, 2.9), (64, 2.0), (1024, 1.7), (None, 1.2))
+
 _AS_FAST = Decision(False, "Inductor's own kernel is as fast")
 
 TABLE = (
+    *(
+        Entry("attention", "cuda", Decision(True, "one kernel where several stood", gain), rows)
+        for rows, gain in ATTENTION_GAINS
+    ),
     Entry("attention", "*", Decision(True, "one kernel where several stood")),
     Entry("norm", "cuda", Decision(True, "one kernel for q and k")),
     Entry("norm", "*", _AS_FAST),

@@ -38,6 +38,8 @@ HOPPER = (
     Rule(64, 64, Tile(1, 4, 4)),
     Rule(64, MANY, Tile(1, 1, 1)),
     Rule(2048, 32, Tile(1, 4, 4)),
+    Rule(640, 64, Tile(1, 2, 1)),
+    Rule(1024, 64, Tile(1, 8, 8)),
     Rule(4096, 64, Tile(8, 1, 2)),
     Rule(16384, 64, Tile(16, 1, 4)),
     Rule(16384, MANY, Tile(8, 1, 4)),
