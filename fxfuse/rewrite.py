@@ -164,6 +164,9 @@ class _Editor:
         """
         same = {self.nodes[n] for n, result in self.view.results.items() if result is slot}
         readers = self.readers.get(slot, set()) - same - but
+        # Where the new node would come too late for them nobody reads them either.
+        unread = {node for node in readers if not node.users and node in self.pure}
+        readers, self.dead = readers - unread, [*self.dead, *unread]
         for node in same:
             node.replace_all_uses_with(
                 new, delete_user_cb=lambda user: user in readers or user.op == "output"

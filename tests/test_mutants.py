@@ -90,6 +90,34 @@ def test_mutants_are_right_and_those_that_keep_the_meaning_fuse(
     assert count < 5000 or tally.kinds() == set(MUTATIONS), "mutations that found no place"
 
 
+# Mutants that once went wrong or cost the whole graph: a case, a mutation and its node.
+FOUND = {
+    "a result written through another tensor before its reader": (
+        "llama4-unit_circle, no norm after, by_setitem, slices, empty, tokens first, "
+        "B=1 T=5 H=4 G=4 D=16 R=16, float32",
+        ("moved_in_place_behind_its_last_reader", "view_as_real_1"),
+    ),
+    "a view that nobody reads any more": (
+        "gpt_oss_addcmul-narrow, times_itself after, tokens_first, one view, empty, heads first, "
+        "B=1 T=4 H=4 G=2 D=12 R=8, float32",
+        ("moved_in_place_behind_its_last_reader", "k_2"),
+    ),
+    "a result that nobody reads": (
+        "chunked-halves, power before, by_index_copy, slices, outside, heads first, "
+        "B=2 T=5 H=4 G=2 D=12 R=8, float64",
+        ("channels_rolled_by_one", "q_1"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_what_was_found_stays_right(name: str) -> None:
+    text, step = FOUND[name]
+    case = next(c for c in CASES if str(c) == text)
+    verdict = harness.again(case, [step])
+    assert verdict.steps and verdict.outcome == "right", str(verdict)
+
+
 # --- the harness itself ------------------------------------------------------------------------
 
 
