@@ -162,10 +162,20 @@ def _check_row(name: str, x: Tensor | None, stream: Stream | None) -> None:
         )
 
 
+def _check_tokens(q: Tensor, **others: Tensor | None) -> None:
+    for name, x in others.items():
+        if x is not None and x.shape[:2] != q.shape[:2]:
+            raise ValueError(
+                f"fxfuse: {name}: got {list(x.shape[:2])} batch rows and tokens, wanted q's "
+                f"{list(q.shape[:2])}; call the op once for each where they differ"
+            )
+
+
 def _norm_rope(q: Tensor, k: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     record = read_record(rest[-1])
     _check_row("q", q, record.q)
     _check_row("k", k, record.k)
+    _check_tokens(q, k=k)
     return _filled(q, k, reference.norm_rope(*(q, k, *rest[:-1], record)), record)
 
 
@@ -176,6 +186,7 @@ def _norm_rope_store_(
     _check_row("q", q, record.q)
     _check_row("k", k, record.k)
     _check_row("v", v, record.v)
+    _check_tokens(q, k=k, v=v)
     return _filled(q, k, reference.norm_rope_store_(*(q, k, v, *rest[:-1], record)), record)
 
 

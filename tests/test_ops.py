@@ -348,6 +348,15 @@ def test_a_row_of_other_width_is_refused():
         call(Record(stream()), draw(B, T, H, 8), cos=draw(1, T, D), sin=draw(1, T, D))
 
 
+def test_q_and_k_of_other_numbers_of_tokens_are_refused():
+    one = stream()
+    with pytest.raises(ValueError, match=r"k: got \[2, 4\] batch rows and tokens, wanted q's"):
+        call(
+            Record(one, one), draw(B, T, H, D), draw(B, T - 1, G, D), cos=draw(1, T, D),
+            sin=draw(1, T, D),
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize("name", GRADED)
 def test_opcheck_norm_rope(name):
     args, record = graded_inputs(name)
