@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,15 @@ from torch import Tensor
 
 import fxfuse
 from fxfuse import cli
-from fxfuse.bench import check, measure, opponents, plot, recipes, rows, timing
+from fxfuse.bench import check, measure, opponents, plot, recipes, rows, timing, tune
 from fxfuse.bench.chains import Chain
 from fxfuse.bench.opponents import Opponent
 from fxfuse.bench.recipes import Case
+from fxfuse.lowering import launch
+from fxfuse.lowering.tiles import Tile, tile_for
 
 T = 5
-# The store of rows without a batch axis stays the model's.
 WHOLE = [(name, layout) for name in recipes.RECIPES for layout in recipes.RECIPES[name].chains]
-WHOLE.remove(("rope_store", "flat"))
 
 
 def small(recipe: str, layout: str | None = None, tokens: int = T) -> Case:
@@ -43,15 +44,42 @@ def few_positions(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.null
+@pytest.mark.parametrize("tokens", [1, T])
 @pytest.mark.parametrize(("name", "layout"), WHOLE)
-def test_every_chain_fuses_whole(name: str, layout: str, few_positions: None) -> None:
-    for case in recipes.cases(name, "cpu", [T], layout=layout):
+def test_every_chain_fuses_whole(name: str, layout: str, tokens: int, few_positions: None) -> None:
+    for case in recipes.cases(name, "cpu", [tokens], layout=layout):
         torch._dynamo.reset()
         arguments = recipes.draw(case, "cpu", 0).args
         with torch.no_grad():
             report = fxfuse.explain(recipes.chain(case, "cpu"), *arguments, compiler="eager")
         assert [" + ".join(site.stages) for site in report.fused] == [case.stages], report
         assert not report.refused
+
+
+@pytest.mark.null
+def test_tune_times_what_the_recipes_fuse() -> None:
+    for case in recipes.cases("prelude", "cpu", [T]):
+        torch._dynamo.reset()
+        arguments = recipes.draw(case, "cpu", 0).args
+        with torch.no_grad():
+            report = fxfuse.explain(recipes.chain(case, "cpu"), *arguments, compiler="eager")
+        record, wanted = report.fused[0].record, tune.record_of(case.shape)
+        # In which order a result lies is the chain's own.
+        q, k = (dataclasses.replace(s, heads_first=False) for s in (record.q, record.k))
+        assert dataclasses.replace(record, q=q, k=k) == wanted
+
+
+@pytest.mark.null
+def test_tiles_that_are_tuned_fit() -> None:
+    pytest.importorskip("triton")
+    for shape, tokens in itertools.product(tune.SHAPES, tune.TOKENS):
+        run = launch.widest_run(tune.record_of(shape).q)
+        tiles = tune.candidates(shape, run, tokens)
+        assert tiles and all(t.tokens <= tokens for t in tiles)
+        rows = tokens * (shape.heads + 2 * shape.kv_heads)
+        assert tile_for("sm_90", rows, run).warps in (1, 2, 4, 8)
+    every = [{Tile(1, 1, 1): 2.0, Tile(2, 1, 1): 1.0}, {Tile(1, 1, 1): 1.0, Tile(2, 1, 1): 1.5}]
+    assert tune.least_loss(every)[0] == Tile(2, 1, 1)
 
 
 @pytest.mark.null

@@ -39,7 +39,7 @@ def record_of(shape: Shape) -> Record:
     norm = Norm("head", "before", True, float(shape.norm == "gemma")) if shape.norm else None
     stores = shape not in DIFFUSION
     passes = (Pass(r, r, d - r),) if r < d else ()
-    q = Stream(d, norm, turn, passes, dtype="bfloat16", heads_first=stores)
+    q = Stream(d, norm, turn, passes, dtype="bfloat16")
     v = Stream(d, None, None, (Pass(0, 0, d),), dtype="bfloat16", keep=False)
     if not stores:
         return Record(q, q)
@@ -59,7 +59,7 @@ def operands(shape: Shape, record: Record, tokens: int) -> dict[str, Tensor | No
     found |= {name: draw(1, tokens, shape.rotary) for name in ("cos", "sin")}
     outs = {"q_out": h} | ({} if record.store else {"k_out": g})
     for name, heads in outs.items():
-        sizes = (1, heads, tokens, d) if record.q.heads_first else (1, tokens, heads, d)
+        sizes = (1, tokens, heads, d)
         found[name] = torch.full(sizes, torch.nan, dtype=torch.bfloat16, device="cuda")
     if record.store:
         found |= {name: draw(1, g, max(tokens, 1024), d) for name in ("k_cache", "v_cache")}
