@@ -82,6 +82,14 @@ def test_any_shape(name, batch, tokens, heads, kv_heads, dtype):
         agree(case, results, before)
 
 
+@pytest.mark.parametrize("name", ["qwen3", "flat cache by position"])
+def test_through_the_cpp_wrapper(name):
+    case = operands(name, tokens=5, slots=32, dtype=torch.bfloat16, device="cuda")
+    before = case.copy()
+    run = compiled(case, options={"cpp_wrapper": True})
+    agree(case, run(list(case.arguments())), before)
+
+
 def test_two_runs_are_bitwise_equal():
     case = operands("qwen3", tokens=64, heads=16, kv_heads=8, slots=128, dtype=torch.bfloat16,
                     device="cuda")  # fmt: skip
