@@ -1,11 +1,12 @@
 """Whether a fused op may stand where it is planned: order, versions of storages, regions."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import fx
 
 from fxfuse.patterns.access import Refused
+from fxfuse.patterns.frontier import Uses
 from fxfuse.patterns.read import Reading
 from fxfuse.patterns.site import Decoded, StoreWrite
 from fxfuse.slots import Scalar, Slot
@@ -57,6 +58,23 @@ class Memory:
     def _check_version(self, slot: Slot, version: int, before: fx.Node) -> None:
         if self.version(slot.storage, before) != version:
             raise Refused(f"{slot.node.name} is written between its use and the fused op")
+
+    def check_unwritten(self, slot: Slot, readers: Iterable[fx.Node], uses: Uses) -> None:
+        """Raises Refused where a result is written, before its last reader, through a tensor that
+        is no view of it: the op's result would stay as it was.
+        """
+        reading, own, waiting = self.reading, {slot}, [slot]
+        while waiting:
+            for call in uses.consumers.get(waiting.pop(), []):
+                if reading.relations.get(call) == "view" or slot in call.writes:
+                    waiting += [s for s in call.outs if s not in own]
+                    own.update(call.outs)
+        made = self.index[uses.holder[slot]]
+        last = max((self.index[reader] for reader in readers), default=made)
+        for position in reading.writes.get(slot.storage, ()):
+            call = reading.view.calls[position]
+            if made < self.index[call.node] < last and not own.issuperset(call.writes):
+                raise Refused("a result that is written before its last reader")
 
     def check_region(self, start: fx.Node, end: fx.Node) -> None:
         """No op may leave the grad mode it was written in. It may leave an autocast region: what

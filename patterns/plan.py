@@ -299,7 +299,7 @@ class _Planner:
             more, through = self._consumers(decoded.slot)
             consumers += [c for c in more if c not in own]
             views += through
-            self._check_unwritten(decoded.slot, more)
+            self.memory.check_unwritten(decoded.slot, more, self.uses)
         if stores:
             before = max(*own, ready, key=index.__getitem__)
         elif not consumers and not views:
@@ -310,24 +310,6 @@ class _Planner:
             raise Refused("a result that is read before it is stored")
         early = {v for v in views if index[v] < index[before]}
         return before, tuple(sorted(early, key=index.__getitem__))
-
-    def _check_unwritten(self, slot: Slot, consumers: Iterable[fx.Node]) -> None:
-        """Raises Refused where a result is written, before its last reader, through a tensor that
-        is no view of it: the op's result would stay as it was.
-        """
-        index, reading = self.memory.index, self.reading
-        own, waiting = {slot}, [slot]
-        while waiting:
-            for call in self.uses.consumers.get(waiting.pop(), []):
-                if reading.relations.get(call) == "view" or slot in call.writes:
-                    waiting += [s for s in call.outs if s not in own]
-                    own.update(call.outs)
-        last = max((index[c] for c in consumers), default=-1)
-        for position in reading.writes.get(slot.storage, ()):
-            call = reading.view.calls[position]
-            between = index[self.uses.holder[slot]] < index[call.node] < last
-            if between and not own.issuperset(call.writes):
-                raise Refused("a result that is written before its last reader")
 
     def _report_refusals(self, made: set[Slot]) -> None:
         """One refusal for each rotated value that no site makes; what a site makes otherwise is no
