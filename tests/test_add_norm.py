@@ -400,7 +400,7 @@ def test_never_leaves_rotations_too() -> None:
 
 def test_the_table_is_told_by_its_kinds() -> None:
     assert gate.decide("cuda", "attention", gate.Facts(rows=1)).fuse
-    assert gate.decide("cuda", "norm", gate.Facts()).fuse
+    assert not gate.decide("cuda", "norm", gate.Facts()).fuse
     assert not gate.decide("cpu", "norm", gate.Facts()).fuse
     assert not gate.decide("cuda", "add_rms_norm", gate.Facts(rows=4096)).fuse
     unknown = gate.decide("cuda", "dropout", gate.Facts())

@@ -20,6 +20,8 @@ from tests.toys import D, G, assert_like
 
 H = 4
 Finish = Callable[..., Any]
+# The one site alone reads what it looks up.
+ROPE = "rope(by position)"
 
 
 @pytest.fixture(autouse=True)
@@ -138,7 +140,7 @@ def test_a_flat_cache_is_stored_to(kind: str, name: str, tokens: int, heads: int
     lead = () if kind == "flat" else (1,)
     report = stored(write, lead, (*cache, heads, D), tokens, heads, SLOTS[:tokens])
     (fused,) = report.fused
-    assert fused.stages == ("rope", "store(k,v)") and not report.refused
+    assert fused.stages == (ROPE, "store(k,v)") and not report.refused
     assert not fused.record.store.heads_first and not fused.record.k.keep
 
 
@@ -177,7 +179,7 @@ def test_setitem_drops_leading_axes_of_size_1(name: str, tokens: int, heads: int
     slots = torch.tensor([-1, 2, -5, 0, 4])[:tokens]
     report = stored(write, lead, (*before, heads, *after, D), tokens, heads, slots)
     (fused,) = report.fused
-    assert fused.stages == ("rope", "store(k,v)") and not report.refused
+    assert fused.stages == (ROPE, "store(k,v)") and not report.refused
     assert fused.record.store.heads_first == bool(after)
     assert fused.record.store.negative == "wrap"
 
@@ -187,7 +189,7 @@ def test_setitem_drops_leading_axes_of_size_1(name: str, tokens: int, heads: int
 def test_one_token_of_fewer_or_more_axes(rows: Any) -> None:
     """Rows that are broadcast along axes of size 1 alone."""
     report = stored(lambda c, s, x: put(c, s, rows(x)), (), (S, G, D), 1, G, SLOTS[:1])
-    assert [f.stages for f in report.fused] == [("rope", "store(k,v)")]
+    assert [f.stages for f in report.fused] == [(ROPE, "store(k,v)")]
 
 
 # What is no store of ours: lead, tokens, heads, cache, slots, write, and what the report says.
@@ -263,7 +265,7 @@ MISSES: dict[str, tuple[Any, ...]] = {
 def test_what_is_no_store_of_whole_rows(name: str) -> None:
     lead, tokens, heads, cache, slots, write, reason = MISSES[name]
     report = stored(write, lead, cache, tokens, heads, slots)
-    assert [f.stages for f in report.fused] == [("rope",)]
+    assert [f.stages for f in report.fused] == [(ROPE,)]
     assert [(r.stage, r.reason) for r in report.refused] == [("store", reason)]
 
 
@@ -286,7 +288,7 @@ def test_rows_that_are_written_to_before_the_store() -> None:
     memory = [torch.full((S, G, D), 3.0), torch.full((S, G, D), 4.0), SLOTS]
     shapes = [(5, n, D) for n in (H, G, G)]
     assert [f.stages for f in check(Rotated(finish), shapes, torch.arange(5), *memory).fused] == [
-        ("rope",)
+        (ROPE,)
     ]
 
 
@@ -295,7 +297,7 @@ def test_two_caches_of_one_pool() -> None:
     pool = torch.full((2, S, G, D), 3.0)
     shapes = [(1, n, D) for n in (H, G, G)]
     report = check(Rotated(each(put)), shapes, torch.arange(1), pool[0], pool[1], SLOTS[:1])
-    assert [f.stages for f in report.fused] == [("rope", "store(k)")]
+    assert [f.stages for f in report.fused] == [(ROPE, "store(k)")]
 
 
 @pytest.mark.cpu
@@ -304,4 +306,4 @@ def test_inductor_stores_to_a_flat_cache(tokens: int) -> None:
     memory = [torch.full((S, G, D), 3.0), torch.full((S, G, D), 4.0), SLOTS[:tokens]]
     shapes = [(tokens, n, D) for n in (H, G, G)]
     report = check(Rotated(each(put)), shapes, torch.arange(tokens), *memory, compiler="inductor")
-    assert [f.stages for f in report.fused] == [("rope", "store(k,v)")]
+    assert [f.stages for f in report.fused] == [(ROPE, "store(k,v)")]

@@ -83,7 +83,7 @@ def test_kernel_compiles(name, target):
 
 def test_neighbours_and_halves_load_and_store_wide():
     for name in ("qwen3", "flux"):
-        case = operands(name, heads=16, kv_heads=8, tokens=128, slots=128, dtype=torch.bfloat16)
+        case = operands(name, heads=16, kv_heads=8, tokens=1024, slots=1024, dtype=torch.bfloat16)
         plan = planned(case)
         options = {"num_warps": plan.warps, "num_stages": 1, "enable_fp_fusion": True}
         target = GPUTarget("cuda", 90, 32)
