@@ -25,7 +25,8 @@ def lower(name: str, args: tuple[Any, ...], record: Record) -> tuple[Any, Any]:
     if not all(inductor.is_memory(cache) for cache in caches):
         return loops.lower(name, args, record)
     # The kernel holds the length of a table that is looked up as a constant.
-    if call["positions"] is not None and not isinstance(_table_rows(call["cos"]), int):
+    table = [] if call["positions"] is None else inductor.sizes(call["cos"].get_size())
+    if any(not isinstance(size, int) for size in table[1:2]):
         return loops.lower(name, args, record)
     boxes = {n: x for n, x in call.items() if n not in ("q_eps", "k_eps", "record") and x}
     operands: dict[str, launch.Operand | None] = {
@@ -44,10 +45,6 @@ def lower(name: str, args: tuple[Any, ...], record: Record) -> tuple[Any, Any]:
     plan = launch.plan(record, operands, (call["q_eps"], call["k_eps"]), tokens, target)
     inductor.launch(with_warps(plan.kernel, plan.warps), plan)
     return q_out, k_out
-
-
-def _table_rows(cos: Any) -> launch.Size:
-    return inductor.sizes(cos.get_size())[1]
 
 
 @functools.cache

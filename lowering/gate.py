@@ -44,7 +44,8 @@ class Entry:
 # an H200 (benchmarks/results).
 ATTENTION_GAINS = ((1, 2.9), (64, 2.0), (1024, 1.8), (None, 1.2))
 
-# `benchmarks/add_norm.py` on an H200: less than 1 is a loss.
+# `benchmarks/add_norm.py` on an H200 (of q and k's norms, what they add to attention); less than 1
+# is a loss.
 _AS_FAST = "Inductor's own kernel is as fast"
 
 TABLE = (
@@ -53,8 +54,8 @@ TABLE = (
         for rows, gain in ATTENTION_GAINS
     ),
     Entry("attention", "*", Decision(True, "one kernel where several stood")),
-    Entry("norm", "cuda", Decision(False, _AS_FAST, 1.0), 1),
-    Entry("norm", "cuda", Decision(False, _AS_FAST, 0.8)),
+    Entry("norm", "cuda", Decision(False, _AS_FAST, 1.04), 1),
+    Entry("norm", "cuda", Decision(False, _AS_FAST, 0.7)),
     Entry("norm", "*", Decision(False, _AS_FAST)),
     Entry("add_rms_norm", "cuda", Decision(False, _AS_FAST, 0.97)),
     Entry("add_rms_norm", "*", Decision(False, _AS_FAST)),

@@ -1,8 +1,8 @@
 """From a record and its operands to one launch of the Triton kernel.
 
 Operands carry their strides as numbers or as symbolic expressions, so the same code launches
-under Inductor and directly on tensors. What varies from call to call (sizes, strides, eps) is an
-argument; what the record says is a constant.
+under Inductor and directly on tensors. What varies from call to call (sizes, eps, strides that are
+no numbers) is an argument; what the record says, and strides that are numbers, are constants.
 """
 
 import dataclasses
@@ -209,7 +209,6 @@ def record_constants(record: Record) -> dict[str, Any]:
 
 
 NOWHERE = Pair(0, 0, 1)
-
 
 # The norm kinds that the kernel knows, by its numbers.
 KINDS = {"rms": 1, "l2": 2, "layer": 3}

@@ -1,7 +1,7 @@
 """Launch tables: how many tokens and heads a program of the kernel takes, and how many warps.
 
-One list of rules per target, measured by `fxfuse tune`; the first that fits decides. A target
-without a list takes DEFAULT.
+One list of rules per target; the first that fits decides. A target without a list takes DEFAULT.
+`fxfuse tune` times tiles on a GPU.
 """
 
 import dataclasses
@@ -31,9 +31,10 @@ class Rule:
 
 MANY = float("inf")
 
-# Measured on an H200 for q, k, v of 16/8 to 64/8 heads; the default of other targets too. A row's
-# elements lie on a warp's threads as a table's do where tokens * run = 256 * warps, or one warp has
-# one head of one token: anything else moves tables through shared memory.
+# Measured on an H200 for q, k, v of 16/8 to 64/8 heads in one batch row; the default of other
+# targets too. A row's elements lie on a warp's threads as a table's do where tokens * run =
+# 256 * warps, or one warp has one head of one token: anything else moves tables through shared
+# memory.
 HOPPER = (
     Rule(64, 64, Tile(1, 4, 4)),
     Rule(64, MANY, Tile(1, 1, 1)),

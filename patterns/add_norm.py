@@ -71,8 +71,6 @@ class Norms:
         if slot not in self.uses.holder:
             raise Refused("a result inside one call of the model's graph")
         normed = _decode(slot, value, statistic)
-        if _norm_of(normed.stream).kind != "rms" or normed.bias is not None:
-            raise Refused("the op of a residual sum knows RMSNorm only")
         if self.frontier.training:
             self.frontier.check_gradients(normed)
         prove(normed, _normed_row)
@@ -196,7 +194,7 @@ def _decode(slot: Slot, value: Value, statistic: Statistic) -> Decoded:
     x = next(f for f in term.factors if f is not weight and f is not row)
     if len(value.dims) not in _ROWS:
         raise Refused(f"rows of {len(value.dims) - 1} axes")
-    if not isinstance(channels, int) or set(term.coefficients) != {1.0}:
+    if not isinstance(channels, int) or set(term.coefficients) != {1.0} or statistic.scale != 1.0:
         raise Refused("a norm by an unknown width, or with a factor of its own")
     if not isinstance(x.leaf.slot, Slot) or value.shape != x.leaf.shape:
         raise Refused("a norm of a part of a tensor, or of one that no node of the graph holds")

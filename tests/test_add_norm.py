@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
@@ -10,10 +9,7 @@ import torch
 from torch import Tensor
 
 import fxfuse
-from fxfuse import passes
-from fxfuse.lowering import gate
 from fxfuse.patterns.record import AddNorm, Norm
-from fxfuse.settings import Settings
 from tests.norm_toys import Residual, compiled, pre_norm
 from tests.spellings import NORMS, Normed, gemma, rsqrt, squeezed, weightless
 from tests.toys import Attention, assert_like, hidden_states
@@ -370,48 +366,17 @@ def test_refusals_are_no_errors_under_strict(run: Any, reason: str) -> None:
     assert [(r.stage, r.reason) for r in report.refused] == [("norm", reason)]
 
 
-# --- the gate ----------------------------------------------------------------------------------
+def times_the_root_of_its_sum(layer: Residual, x: Tensor) -> Tensor:
+    h = x + layer.first(x)
+    return h * torch.rsqrt(h.pow(2).sum(-1, keepdim=True) + 1e-3)
 
 
-def test_what_the_gate_leaves_is_told_and_the_graph_stays() -> None:
-    given: list[Any] = []
-    made: list[Any] = []
-
-    def backend(gm: Any, inputs: Any) -> Any:
-        fused, report = passes.fuse_graph(gm, Settings(strict=True))
-        given.append(gm)
-        made.append((fused, report))
-        return gm.forward
-
-    with torch.no_grad():
-        torch._dynamo.reset()
-        torch.compile(Residual(pre_norm), backend=backend)(hidden_states())
-    (fused, report), (gm,) = made[0], given
-    assert fused is gm and report.fused == [] and report.refused == []
-    assert "left 3 × add + rms_norm: Inductor's own kernel is as fast (target cpu)" in str(report)
-    assert [x["kind"] for x in json.loads(report.to_json())["left"]] == ["add_rms_norm"] * 3
-
-
-def test_never_leaves_rotations_too() -> None:
-    report = compiled(Attention(norm=rsqrt), hidden_states(), gate="never", strict=True)
-    assert report.fused == [] and [x.kind for x in report.left] == ["attention"]
-    assert "left 1 × norm and rotation of q and k: gate='never'" in str(report)
-
-
-def test_the_table_is_told_by_its_kinds() -> None:
-    assert gate.decide("cuda", "attention", gate.Facts(rows=1)).fuse
-    assert not gate.decide("cuda", "norm", gate.Facts()).fuse
-    assert not gate.decide("cpu", "norm", gate.Facts()).fuse
-    assert not gate.decide("cuda", "add_rms_norm", gate.Facts(rows=4096)).fuse
-    unknown = gate.decide("cuda", "dropout", gate.Facts())
-    assert (unknown.fuse, unknown.reason) == (False, "nobody has measured it")
-
-
-def test_entries_by_rows_fit_known_numbers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    small = gate.Entry("attention", "cuda", gate.Decision(False, "small", 0.9), most_rows=8)
-    monkeypatch.setattr(gate, "TABLE", (small, *gate.TABLE))
-    fused = {n: gate.decide("cuda", "attention", gate.Facts(n)).fuse for n in (1, 8, 9, None)}
-    assert fused == {1: False, 8: False, 9: True, None: True}
+def test_a_multiple_of_the_statistic_is_refused() -> None:
+    report = compiled(Residual(times_the_root_of_its_sum), hidden_states())
+    assert report.fused == []
+    assert [r.reason for r in report.refused] == [
+        "a norm by an unknown width, or with a factor of its own"
+    ]
 
 
 # --- gradients ---------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """`fxfuse tune`: which tile of the kernel is fastest, by the widest run of channels and by rows.
 
 Every tile that fits is checked against the first one's results and timed on the shapes of the
-recipes; for each class the tile whose times are least over its shapes, as a geometric mean, is
-printed as a line of `lowering/tiles.py`.
+recipes; for each run and number of tokens the tile whose times are least over the shapes, as a
+geometric mean, is printed: what a rule of `lowering/tiles.py` says.
 """
 
 import argparse

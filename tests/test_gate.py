@@ -1,0 +1,59 @@
+"""The gate: what it leaves to the compiler, what the report says of it, and who overrides it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from fxfuse import passes
+from fxfuse.lowering import gate
+from fxfuse.settings import Settings
+from tests.norm_toys import Residual, compiled, pre_norm
+from tests.spellings import rsqrt
+from tests.toys import Attention, hidden_states
+
+pytestmark = pytest.mark.null
+
+
+def test_what_the_gate_leaves_is_told_and_the_graph_stays() -> None:
+    given: list[Any] = []
+    made: list[Any] = []
+
+    def backend(gm: Any, inputs: Any) -> Any:
+        fused, report = passes.fuse_graph(gm, Settings(strict=True))
+        given.append(gm)
+        made.append((fused, report))
+        return gm.forward
+
+    with torch.no_grad():
+        torch._dynamo.reset()
+        torch.compile(Residual(pre_norm), backend=backend)(hidden_states())
+    (fused, report), (gm,) = made[0], given
+    assert fused is gm and report.fused == [] and report.refused == []
+    assert "left 3 × add + rms_norm: Inductor's own kernel is as fast (target cpu)" in str(report)
+    assert [x["kind"] for x in json.loads(report.to_json())["left"]] == ["add_rms_norm"] * 3
+
+
+def test_never_leaves_rotations_too() -> None:
+    report = compiled(Attention(norm=rsqrt), hidden_states(), gate="never", strict=True)
+    assert report.fused == [] and [x.kind for x in report.left] == ["attention"]
+    assert "left 1 × norm and rotation of q and k: gate='never'" in str(report)
+
+
+def test_the_table_is_told_by_its_kinds() -> None:
+    assert gate.decide("cuda", "attention", gate.Facts(rows=1)).fuse
+    assert not gate.decide("cuda", "norm", gate.Facts()).fuse
+    assert not gate.decide("cpu", "norm", gate.Facts()).fuse
+    assert not gate.decide("cuda", "add_rms_norm", gate.Facts(rows=4096)).fuse
+    unknown = gate.decide("cuda", "dropout", gate.Facts())
+    assert (unknown.fuse, unknown.reason) == (False, "nobody has measured it")
+
+
+def test_entries_by_rows_fit_known_numbers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = gate.Entry("attention", "cuda", gate.Decision(False, "small", 0.9), most_rows=8)
+    monkeypatch.setattr(gate, "TABLE", (small, *gate.TABLE))
+    fused = {n: gate.decide("cuda", "attention", gate.Facts(n)).fuse for n in (1, 8, 9, None)}
+    assert fused == {1: False, 8: False, 9: True, None: True}
