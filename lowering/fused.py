@@ -25,8 +25,8 @@ def lower(name: str, args: tuple[Any, ...], record: Record) -> tuple[Any, Any]:
     if not all(inductor.is_memory(cache) for cache in caches):
         return loops.lower(name, args, record)
     # The kernel holds the length of a table that is looked up as a constant.
-    table = [] if call["positions"] is None else inductor.sizes(call["cos"].get_size())
-    if any(not isinstance(size, int) for size in table[1:2]):
+    length = 0 if call["positions"] is None else inductor.sizes(call["cos"].get_size())[1]
+    if not isinstance(length, int):
         return loops.lower(name, args, record)
     boxes = {n: x for n, x in call.items() if n not in ("q_eps", "k_eps", "record") and x}
     operands: dict[str, launch.Operand | None] = {
