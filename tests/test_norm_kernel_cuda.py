@@ -25,8 +25,11 @@ def registered():
 
 @pytest.fixture(autouse=True)
 def fresh_dynamo():
+    # Nothing from a cache, so that every lowering is seen.
     torch._dynamo.reset()
     providers.chosen.clear()
+    with torch._inductor.config.patch(force_disable_caches=True):
+        yield
 
 
 def run(case: Case, tensors, **options):
