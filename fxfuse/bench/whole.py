@@ -18,11 +18,12 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import fxfuse
-from fxfuse.bench import models, rows, timing
+from fxfuse.bench import models, timing
 from fxfuse.bench.models import Model
+from fxfuse.bench.rows import told as told_of
 from fxfuse.bench.timing import Spread
 
-PROMPT, WARM_UP = 16, 6
+PROMPT, WARM_UP, TURN = 16, 6, 10
 # bfloat16 through many layers; garbage is near 1.4.
 LARGEST = 0.1
 PHASES = ("decode", "prefill")
@@ -66,7 +67,7 @@ class Decoder:
 
     def __init__(self, eager: Any, batch: int, slots: int, device: str) -> None:
         transformers = import_module("transformers")
-        self.eager, self.model = eager, eager
+        self.eager = eager
         self.cache: Any = transformers.StaticCache(config=eager.config, max_cache_len=slots)
         self.token = torch.zeros(batch, 1, dtype=torch.int64, device=device)
 
@@ -81,8 +82,8 @@ class Decoder:
         self.cache.reset()
         self.token.copy_(self.logits(self.eager, self.prompt(PROMPT)).argmax(-1))
 
-    def step(self) -> None:
-        self.token.copy_(self.logits(self.model, self.token).argmax(-1))
+    def step(self, model: Any) -> None:
+        self.token.copy_(self.logits(model, self.token).argmax(-1))
 
     def logits(self, model: Any, ids: Tensor) -> Tensor:
         """The last token's, [B, 1, vocabulary]."""
@@ -102,7 +103,7 @@ class Phase:
 
     prepare: Callable[[], Any]
     result: Callable[[Any], Tensor]
-    step: Callable[[], Any]
+    step: Callable[[Any], Any]
     single: bool
 
 
@@ -118,7 +119,7 @@ def _phases(decoder: Decoder, tokens: int) -> dict[str, Phase]:
         "prefill": Phase(
             decoder.cache.reset,
             lambda model: decoder.logits(model, prompt).clone(),
-            lambda: decoder.logits(decoder.model, prompt),
+            lambda model: decoder.logits(model, prompt),
             single=True,
         ),
     }
@@ -133,13 +134,11 @@ def measure(model: Model, plan: Plan, args: Any, device: str, told: Told) -> Non
         decoder.start()
         phases = _phases(decoder, args.prefill)
         for name in args.phases:
-            phase = phases[name]
-            phase.prepare()
-            wanted = phase.result(eager)
-            for backend in backends:
-                row = Whole(model.name, name, batch, backend, eager.config.num_hidden_layers)
-                decoder.model = _compiled(eager, backend, args.mode)
-                told(_filled(row, phase, decoder.model, wanted, args, device))
+            rows = [
+                Whole(model.name, name, batch, backend, eager.config.num_hidden_layers)
+                for backend in backends
+            ]
+            _fill(rows, phases[name], eager, args, device, told)
 
 
 @torch.no_grad()
@@ -153,52 +152,80 @@ def denoise(plan: Plan, args: Any, device: str, told: Told) -> None:
             out: Tensor = model(**given, return_dict=False)[0]
             return out.clone()
 
-        wanted = result(eager)
-        for backend in backends:
-            row = Whole("Flux", "denoise", batch, backend, depth)
-            compiled = _compiled(eager, backend, args.mode)
-            phase = Phase(lambda: None, result, functools.partial(result, compiled), single=False)
-            told(_filled(row, phase, compiled, wanted, args, device))
+        rows = [Whole("Flux", "denoise", batch, backend, depth) for backend in backends]
+        phase = Phase(lambda: None, result, result, single=False)
+        _fill(rows, phase, eager, args, device, told)
 
 
-def _compiled(eager: Any, backend: str, mode: str) -> Any:
+def _fill(rows: list[Whole], phase: Phase, eager: Any, args: Any, device: str, told: Told) -> None:
+    """Compile each backend's model and compare it with eager; time those that are right in turns,
+    so that what the machine does beside hits all of them.
+    """
+    phase.prepare()
+    wanted = phase.result(eager)
     torch.compiler.reset()
-    return torch.compile(eager, backend=BACKENDS[backend], mode=None if mode == "default" else mode)
+    mode = None if args.mode == "default" else args.mode
+    timed: list[tuple[Whole, Any]] = []
+    for row in rows:
+        model = torch.compile(eager, backend=BACKENDS[row.backend], mode=mode)
+        try:
+            _check(row, phase, model, wanted, device)
+            if row.wrong is None and not args.compile_only:
+                row.kernels = _kernels(_warm(phase, model), device)
+                timed.append((row, model))
+        except Exception as problem:
+            row.wrong = told_of(problem)
+    _time(timed, phase, args.rounds, device)
+    for row in rows:
+        told(row)
 
 
-def _filled(
-    row: Whole, phase: Phase, compiled: Any, wanted: Tensor, args: Any, device: str
-) -> Whole:
-    """Compile by a first call, compare with eager, note what was fused; time what is right."""
+def _check(row: Whole, phase: Phase, model: Any, wanted: Tensor, device: str) -> None:
+    """Compile by a first call, compare with eager, note what was fused."""
     before = fxfuse.counts()
     phase.prepare()
     start = time.perf_counter()
-    try:
-        got = phase.result(compiled)
-        _wait(device)
-        row.compile_s = time.perf_counter() - start
-        row.error = float((got.double() - wanted.double()).norm() / wanted.double().norm())
-        after = fxfuse.counts()
-        row.sites, row.stores = (after[key] - before[key] for key in ("attention", "store"))
-        if not row.error <= LARGEST:
-            row.wrong = f"error {row.error:.2e} against eager"
-        elif not args.compile_only:
-            _time(row, phase, args.rounds, device)
-    except Exception as problem:
-        row.wrong = rows.told(problem)
-    return row
+    got = phase.result(model)
+    _wait(device)
+    row.compile_s = time.perf_counter() - start
+    row.error = float((got.double() - wanted.double()).norm() / wanted.double().norm())
+    after = fxfuse.counts()
+    row.sites, row.stores = (after[key] - before[key] for key in ("attention", "store"))
+    if not row.error <= LARGEST:
+        row.wrong = f"error {row.error:.2e} against eager"
 
 
-def _time(row: Whole, phase: Phase, rounds: int, device: str) -> None:
-    before = phase.prepare if phase.single else lambda: None
+def _warm(phase: Phase, model: Any) -> Callable[[], Any]:
+    """A step that has settled: graphs are recorded."""
     for _ in range(WARM_UP):
-        before()
-        phase.step()
-    before()
-    row.kernels = _kernels(phase.step, device)
-    row.ms = timing.spread([_one(before, phase.step, device) for _ in range(rounds)])
-    if device == "cuda" and not phase.single:
-        row.queued_ms = timing.spread(_queued(phase.step, rounds))
+        if phase.single:
+            phase.prepare()
+        phase.step(model)
+    if phase.single:
+        phase.prepare()
+    return functools.partial(phase.step, model)
+
+
+def _time(timed: list[tuple[Whole, Any]], phase: Phase, rounds: int, device: str) -> None:
+    """`rounds` samples of each, TURN at a time."""
+    waited: dict[str, list[float]] = {row.backend: [] for row, _ in timed}
+    queued: dict[str, list[float]] = {row.backend: [] for row, _ in timed}
+    before = phase.prepare if phase.single else lambda: None
+    for _ in range(-(-rounds // TURN)):
+        for row, model in timed:
+            one = functools.partial(phase.step, model)
+            one()  # the first after another model waits for its weights
+            waited[row.backend] += [_one(before, one, device) for _ in range(TURN)]
+            if device == "cuda" and not phase.single:
+                queued[row.backend] += _queued(one, TURN)
+    for row, _ in timed:
+        row.ms = timing.spread(waited[row.backend])
+        row.queued_ms = timing.spread(queued[row.backend]) if queued[row.backend] else None
+
+
+def decoded(rounds: int) -> int:
+    """How many tokens are decoded at most between two resets of the cache."""
+    return len(BACKENDS) * (WARM_UP + 2 + -(-rounds // TURN) * (2 * TURN + 2))
 
 
 def _one(before: Callable[[], Any], step: Callable[[], Any], device: str) -> float:

@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     arguments.need("transformers", "e2e")
     if args.models and DENOISE in args.models:
         arguments.need("diffusers", DENOISE)
-    if whole.PROMPT + whole.WARM_UP + 2 * args.rounds + 4 > args.slots:
+    if whole.PROMPT + whole.decoded(args.rounds) > args.slots:
         raise SystemExit("fxfuse bench: more --rounds than --slots hold")
     copy_speed = 0.0 if args.compile_only else timing.copy_bytes_per_us(device)
     found = rows.started(device, copy_speed)
