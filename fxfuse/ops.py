@@ -23,8 +23,8 @@ NORM_ROPE = (
 NORM_ROPE_STORE_ = (
     "norm_rope_store_(Tensor q, Tensor? k, Tensor? v, Tensor? q_weight, Tensor? k_weight, "
     "Tensor? q_bias, Tensor? k_bias, Tensor? q_scale, Tensor? k_scale, Tensor? cos, Tensor? sin, "
-    "Tensor? positions, Tensor slots, Tensor(a!) k_cache, Tensor(b!)? v_cache, float q_eps, "
-    "float k_eps, str record) "
+    "Tensor? positions, Tensor slots, Tensor? offsets, Tensor(a!) k_cache, Tensor(b!)? v_cache, "
+    "Tensor? k_cache_scale, Tensor? v_cache_scale, float q_eps, float k_eps, str record) "
     "-> (Tensor, Tensor)"
 )
 
@@ -85,26 +85,31 @@ def norm_rope_store_(
     sin: Tensor | None,
     positions: Tensor | None,
     slots: Tensor,
+    offsets: Tensor | None,
     k_cache: Tensor,
     v_cache: Tensor | None,
+    k_cache_scale: Tensor | None,
+    v_cache_scale: Tensor | None,
     q_eps: float,
     k_eps: float,
     record: str,
 ) -> tuple[Tensor, Tensor]:
-    """As `norm_rope`, and the rows of k and v written at cache[b, g, slots[t]].
+    """As `norm_rope`, and the rows of k and v written into caches, say at k_cache[b, g, slots[t]].
 
-    Shapes: as norm_rope; v [B, T, G, Dv]; slots [T] of an integer dtype, the same for every
-        batch row; caches [B, G, S, D] where the store is heads_first, else [B, S, G, D].
+    Shapes: as norm_rope; v [B, T, G, Dv]; slots and offsets [B | 1, T] of an integer dtype; caches
+        as the axes of their layouts in the record's store say; their scales [B | 1, T | 1, G | 1].
     Layout: any strides everywhere; results as norm_rope.
-    Dtypes: as norm_rope; rows are cast to the cache's dtype after their own rounding.
-    Rounding: as norm_rope; v is copied.
+    Dtypes: as norm_rope; a cache has its rows' dtype, the format its layout's cast names, or
+        uint8 for such a format's bits.
+    Rounding: as norm_rope; v is copied; where there is a cast, row (/ or *) scale is rounded once.
     Mutates: k_cache and v_cache, at the slots alone. Not differentiable.
     Errors: ValueError where shapes and record disagree.
-    Source: transformers' StaticCache (index_copy_) and in-place index_put_ caches.
+    Source: transformers' StaticCache (index_copy_), index_put_ into paged caches, paged attention's
+        split layouts (vLLM, aiter).
     """
     result: tuple[Tensor, Tensor] = torch.ops.fxfuse.norm_rope_store_(
         q, k, v, q_weight, k_weight, q_bias, k_bias, q_scale, k_scale, cos, sin, positions,
-        slots, k_cache, v_cache, q_eps, k_eps, record,
+        slots, offsets, k_cache, v_cache, k_cache_scale, v_cache_scale, q_eps, k_eps, record,
     )  # fmt: skip
     return result
 

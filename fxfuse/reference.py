@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fxfuse.patterns.norms import NORM_KINDS
 from fxfuse.patterns.record import AddNorm, Norm, Pair, Record, Rotation, Stream
+from fxfuse.reference_store import unrounded, write_
 
 # start, step and values of some of a row's channels: row[..., start + step * i] = values[..., i].
 Part = tuple[int, int, Tensor]
@@ -55,26 +56,32 @@ def norm_rope_store_(
     sin: Tensor | None,
     positions: Tensor | None,
     slots: Tensor,
+    offsets: Tensor | None,
     k_cache: Tensor,
     v_cache: Tensor | None,
+    k_cache_scale: Tensor | None,
+    v_cache_scale: Tensor | None,
     q_eps: float,
     k_eps: float,
     record: Record,
 ) -> tuple[Tensor, Tensor | None]:
-    """As `norm_rope`; then k_cache[b, slots[t]] = k[b, t], and v_cache from v the same way."""
-    assert record.store is not None
+    """As `norm_rope`; then k's rows into k_cache at its layout's indices, v's into v_cache."""
+    store = record.store
+    assert store is not None
+    at = (slots, offsets)
     cos, sin = looked_up(cos, positions), looked_up(sin, positions)
     q_row = row(q, record.q, q_weight, q_bias, q_scale, cos, sin, q_eps)
     k_row = None
     if k is not None and record.k is not None:
-        parts = row_parts(k, record.k, k_weight, k_bias, k_scale, cos, sin, k_eps)
-        if record.k.keep:
-            k_row = assembled(parts, record.k.channels, record.k.heads_first)
-            parts = [(0, 1, k_row)]
-        store_(k_cache, slots, parts, record.store.heads_first)
+        kept, stored = record.k, unrounded(record.k, store.k)
+        parts = row_parts(k, stored, k_weight, k_bias, k_scale, cos, sin, k_eps)
+        if kept.keep:
+            k_row = assembled(parts, kept.channels, kept.heads_first).to(dtype_of(kept))
+            parts = parts if stored != kept else [(0, 1, k_row)]
+        write_(k_cache, store.k, store.negative, at, k_cache_scale, parts, kept.channels)
     if v is not None and v_cache is not None and record.v is not None:
-        v_parts = row_parts(v, record.v, None, None, None, cos, sin, 0.0)
-        store_(v_cache, slots, v_parts, record.store.heads_first)
+        parts = row_parts(v, unrounded(record.v, store.v), None, None, None, cos, sin, 0.0)
+        write_(v_cache, store.v, store.negative, at, v_cache_scale, parts, record.v.channels)
     return q_row, k_row
 
 
@@ -155,7 +162,12 @@ def scaled(y: Tensor, stream: Stream, scale: Tensor | None) -> Tensor:
         y = y * scale.to(y.dtype).unsqueeze(-1)
     if stream.scale != 1.0:
         y = y * stream.scale
-    return y.to(getattr(torch, stream.dtype))
+    return y.to(dtype_of(stream))
+
+
+def dtype_of(stream: Stream) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, stream.dtype)
+    return dtype
 
 
 def rotated(x: Tensor, stream: Stream, cos: Tensor | None, sin: Tensor | None) -> list[Part]:
@@ -213,20 +225,6 @@ def assembled(parts: list[Part], channels: int, heads_first: bool = False) -> Te
         end = start + step * (part.shape[-1] - 1) + 1
         y = torch.slice_scatter(y, part, -1, start, end, step)
     return y
-
-
-def store_(cache: Tensor, slots: Tensor, parts: list[Part], heads_first: bool) -> None:
-    """cache[b, :, slots[t]] = rows[b, t] ([B, G, S, D]) or cache[b, slots[t]] = rows[b, t].
-
-    Mutates: cache, in place. Negative slots count from the end, as index_put_ has it.
-    """
-    for start, step, part in parts:
-        where, values = take(cache, start, step, part.shape[-1]), part.to(cache.dtype)
-        if heads_first:
-            index = [None, None, slots.long()]
-            torch.ops.aten.index_put_(where, index, values.transpose(1, 2))
-        else:
-            torch.ops.aten.index_put_(where, [None, slots.long()], values)
 
 
 def add_rms_norm(

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import fxfuse.add_norm
 import fxfuse.ops  # noqa: F401  these two define the ops that are called here
 from fxfuse.patterns.plan import Plan
-from fxfuse.patterns.site import Access, Decoded, NormSite, Site, StoreWrite
+from fxfuse.patterns.site import Access, Decoded, NormSite, Site
 from fxfuse.slots import Call, Scalar, Slot, View, slots_of
 from fxfuse.torch_private import copy_graph, fake_mode_of, size_of, with_graph, without_guards
 
@@ -65,8 +65,8 @@ class _Editor:
                 graph.erase_node(results[1])
         for node in site.sunk:
             self.nodes[site.before].prepend(self.nodes[node])
-        for store in site.stores():
-            self._remove_store(store.call)
+        for call in dict.fromkeys(store.call for store in site.stores()):
+            self._remove_store(call)
 
     def _call(self, site: Site) -> fx.Node:
         q, k, v = site.q, site.k, site.v
@@ -94,12 +94,14 @@ class _Editor:
             args = (*operands, *extras, *eps, text)
             return self._add(torch.ops.fxfuse.norm_rope.default, args, anchor)
         caches = [
-            self._cache(store, anchor) if store is not None else None
+            self._holder(store.cache) if store is not None else None
             for store in (site.k_store, site.v_store)
         ]
-        slots = self._holder(site.k_store.slots)
+        first, second = (*site.slots, None)[:2]
+        slots = [self._operand(a, anchor) if a else None for a in (first, second)]
+        scales = [self._operand(a, anchor) if a else None for a in site.scales]
         value = self._operand(v.x, anchor) if v else None
-        args = (*operands, value, *extras, slots, *caches, *eps, text)
+        args = (*operands, value, *extras, *slots, *caches, *scales, *eps, text)
         return self._add(torch.ops.fxfuse.norm_rope_store_.default, args, anchor)
 
     def replace_norm(self, site: NormSite) -> None:
@@ -118,12 +120,6 @@ class _Editor:
                     new = self.sums[slot] = self._add(operator.getitem, (op, i), anchor)
                     # Its own nodes may stand before the op; they go with the old result.
                     self._substitute(slot, new, {self.nodes[n] for n in site.own})
-
-    def _cache(self, store: StoreWrite, anchor: fx.Node) -> fx.Node:
-        node = self._holder(store.cache)
-        for name, *args in store.lifted():
-            node = self._add(name, (node, *args), anchor)
-        return node
 
     def _number(self, x: float | Scalar) -> Any:
         return self.nodes[x.node] if isinstance(x, Scalar) else x
@@ -177,7 +173,8 @@ class _Editor:
         """The write's node returns its cache; later readers read the cache itself."""
         node = self.nodes[call.node]
         self.dead += node.all_input_nodes
-        node.replace_all_uses_with(self._holder(call.writes[0]))
+        if node.users:
+            node.replace_all_uses_with(self._holder(call.writes[0]))
         self.graph.erase_node(node)
 
     def _add(self, target: Any, args: tuple[Any, ...], anchor: fx.Node) -> fx.Node:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from fxfuse.lowering import kernels, launch
+from fxfuse.lowering.operand import Operand
 from fxfuse.lowering.tiles import Tile
 from fxfuse.patterns.record import Record
 
@@ -22,9 +23,7 @@ def planned(
 ) -> launch.Launch:
     """The launch for tensors as they are."""
     operands = {
-        name: launch.Operand(x, tuple(x.shape), x.stride())
-        for name, x in tensors.items()
-        if x is not None
+        name: Operand(x, tuple(x.shape), x.stride()) for name, x in tensors.items() if x is not None
     }
     tokens = operands["q"].shape[1]
     return launch.plan(record, operands, eps, tokens, target, tile)

@@ -11,6 +11,7 @@ import torch
 
 import fxfuse.ops
 from fxfuse.lowering import inductor, kernels, launch, loops
+from fxfuse.lowering.operand import Operand
 from fxfuse.patterns.record import Record, Stream
 
 # Read from anywhere in memory; the others are small and made contiguous.
@@ -29,7 +30,7 @@ def lower(name: str, args: tuple[Any, ...], record: Record) -> tuple[Any, Any]:
     if not isinstance(length, int):
         return loops.lower(name, args, record)
     boxes = {n: x for n, x in call.items() if n not in ("q_eps", "k_eps", "record") and x}
-    operands: dict[str, launch.Operand | None] = {
+    operands: dict[str, Operand | None] = {
         n: inductor.contiguous_operand(x) if n in CONTIGUOUS else inductor.operand(x)
         for n, x in boxes.items()
     }
@@ -57,7 +58,7 @@ def target_of(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
-def _result(x: Any, stream: Stream) -> tuple[Any, launch.Operand]:
+def _result(x: Any, stream: Stream) -> tuple[Any, Operand]:
     """Memory for one result: its box as [B, T, H, D], and the operand the kernel writes."""
     b, t, h, d = x.get_size()
     shape = (b, h, t, d) if stream.heads_first else (b, t, h, d)

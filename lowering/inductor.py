@@ -18,7 +18,8 @@ from torch._inductor.lowering import lowerings, register_lowering
 from torch._inductor.virtualized import V
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fxfuse.lowering.launch import Launch, Operand, Size
+from fxfuse.lowering.launch import Launch
+from fxfuse.lowering.operand import Operand, Size
 
 # Inductor's TensorBox; torch gives these no stable type.
 Box = Any

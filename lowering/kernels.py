@@ -12,6 +12,7 @@ STREAM  programs, heads, channels, norm (0 none, 1 before, 2 after the rotation)
 ROW     pairs; first, second, step of the pairs in x; the same in y; two signs; start in x, start in
         y, length of the low run; the same of the high run; the blocks of pairs, low and high;
         first, second, step of the pairs in cos; the same in sin
+CACHE   see `kernel_stores`
 """
 
 # Triton compiles these functions; to a type checker their arguments have no types.
@@ -19,6 +20,8 @@ ROW     pairs; first, second, step of the pairs in x; the same in y; two signs; 
 
 import triton
 import triton.language as tl
+
+from fxfuse.lowering.kernel_stores import cast_row, place_of, store_row
 
 
 @triton.jit
@@ -34,19 +37,6 @@ def load_block(
         m = mask if LENGTH == BLOCK else mask & (i < LENGTH)
         b = tl.load(ptr + (START + STEP * i).to(tl.int64) * stride_c, mask=m, other=0.0)
     return b.to(tl.float32)
-
-
-@triton.jit
-def store_block(
-    ptr, b, mask, stride_c,
-    START: tl.constexpr, STEP: tl.constexpr, LENGTH: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The inverse of load_block, with one rounding to the pointer's dtype."""
-    if LENGTH > 0:
-        i = tl.arange(0, BLOCK)[None, None, :]
-        m = mask if LENGTH == BLOCK else mask & (i < LENGTH)
-        b = b.to(ptr.dtype.element_ty)
-        tl.store(ptr + (START + STEP * i).to(tl.int64) * stride_c, b, mask=m)
 
 
 @triton.jit
@@ -78,26 +68,6 @@ def load_row(ptr, mask, stride_c, SIDE: tl.constexpr, ROW: tl.constexpr):
     low = load_block(ptr, mask, stride_c, ROW[9 + SIDE], 1, ROW[11], ROW[16])
     high = load_block(ptr, mask, stride_c, ROW[12 + SIDE], 1, ROW[14], ROW[17])
     return first, second, low, high
-
-
-@triton.jit
-def store_row(ptr, row, mask, stride_c, ROW: tl.constexpr):
-    """Write the four blocks of rows to their places in y."""
-    PAIRS: tl.constexpr = ROW[0]
-    FIRST: tl.constexpr = ROW[4]
-    SECOND: tl.constexpr = ROW[5]
-    STEP: tl.constexpr = ROW[6]
-    BLOCK: tl.constexpr = ROW[15]
-    first, second, low, high = row
-    if PAIRS > 0 and STEP == 2 and SECOND == FIRST + 1:
-        both = tl.join(first, second)
-        both = tl.reshape(both, [both.shape[0], both.shape[1], 2 * BLOCK])
-        store_block(ptr, both, mask, stride_c, FIRST, 1, 2 * PAIRS, 2 * BLOCK)
-    else:
-        store_block(ptr, first, mask, stride_c, FIRST, STEP, PAIRS, BLOCK)
-        store_block(ptr, second, mask, stride_c, SECOND, STEP, PAIRS, BLOCK)
-    store_block(ptr, low, mask, stride_c, ROW[10], 1, ROW[11], ROW[16])
-    store_block(ptr, high, mask, stride_c, ROW[13], 1, ROW[14], ROW[17])
 
 
 @triton.jit
@@ -220,18 +190,20 @@ def heads_of(i_block, HEADS: tl.constexpr, TOTAL: tl.constexpr):
 
 @triton.jit
 def tile(
-    q_ptr, k_ptr, v_ptr, q_out_ptr, k_out_ptr, k_cache_ptr, v_cache_ptr, slots_ptr, positions_ptr,
+    q_ptr, k_ptr, v_ptr, q_out_ptr, k_out_ptr, k_cache_ptr, v_cache_ptr, slots_ptr, offsets_ptr,
+    positions_ptr, k_cache_scale_ptr, v_cache_scale_ptr,
     q_weight_ptr, k_weight_ptr, q_bias_ptr, k_bias_ptr, q_scale_ptr, k_scale_ptr, cos_ptr, sin_ptr,
-    strides, q_eps, k_eps, T, S,
+    strides, q_eps, k_eps, T, sizes,
     Q: tl.constexpr, K: tl.constexpr, V: tl.constexpr, Q_ROW: tl.constexpr,
     K_ROW: tl.constexpr, V_ROW: tl.constexpr,
-    K_KEEP: tl.constexpr, K_STORE: tl.constexpr, WRAP: tl.constexpr,
+    K_KEEP: tl.constexpr, K_CACHE: tl.constexpr, V_CACHE: tl.constexpr,
     LOOKUP: tl.constexpr, SINGLE: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     """One program's tile of q, k or v; strides = those of q, k, v, q_scale, k_scale, cos, sin,
-    k_cache, v_cache, slots and positions.
+    k_cache, v_cache, slots, offsets, positions, k_cache_scale and v_cache_scale; sizes = those of
+    the indexed axes of both caches.
     """
-    s_q, s_k, s_v, s_qs, s_ks, s_cos, s_sin, s_kc, s_vc, s_slot, s_p = strides
+    s_q, s_k, s_v, s_qs, s_ks, s_cos, s_sin, s_kc, s_vc, s_slot, s_off, s_p, s_kcs, s_vcs = strides
     PROGRAMS: tl.constexpr = Q[0] + K[0] + V[0]
     # Everything that meets a stride is int64: caches pass 2^31 elements.
     n_t = tl.cast(T, tl.int64)
@@ -242,9 +214,14 @@ def tile(
         i_t = (tl.program_id(0) // PROGRAMS).to(tl.int64)
     o_t = i_t * TOKENS + tl.arange(0, TOKENS)[:, None, None]
     m_t = tl.full([1, 1, 1], True, tl.int1) if TOKENS == 1 else o_t < n_t
-    if K_STORE or V[0] > 0:
+    if K_CACHE[0] > 0:
         # Loaded here: through a function's result Inductor would take the slots for written.
-        i_s = tl.load(slots_ptr + o_t * s_slot[0], mask=m_t, other=-1).to(tl.int64)
+        i_s = tl.load(slots_ptr + i_b * s_slot[0] + o_t * s_slot[1], mask=m_t, other=-1)
+        i_s = i_s.to(tl.int64)
+        i_o = i_s
+        if K_CACHE[22]:
+            i_o = tl.load(offsets_ptr + i_b * s_off[0] + o_t * s_off[1], mask=m_t, other=-1)
+            i_o = i_o.to(tl.int64)
     o_r = o_t
     m_r = m_t
     if LOOKUP > 0:
@@ -262,7 +239,7 @@ def tile(
             s_q[3], s_cos[2], s_sin[2], q_eps, Q, Q_ROW,
         )  # fmt: skip
         o_row = (i_b * Q[1] + o_h) * n_t + o_t if Q[9] else (i_b * n_t + o_t) * Q[1] + o_h
-        store_row(q_out_ptr + o_row * Q[2], row, m_t & m_h, 1, Q_ROW)
+        store_row(q_out_ptr + o_row * Q[2], row, m_t & m_h, 1, 0, 1, Q_ROW)
     if K[0] > 0:  # noqa: SIM102
         if (i_block >= Q[0]) & (i_block < Q[0] + K[0]):
             o_h, m_h = heads_of(i_block - Q[0], HEADS, K[1])
@@ -274,11 +251,15 @@ def tile(
             )  # fmt: skip
             if K_KEEP:
                 o_row = (i_b * K[1] + o_h) * n_t + o_t if K[9] else (i_b * n_t + o_t) * K[1] + o_h
-                store_row(k_out_ptr + o_row * K[2], row, m_t & m_h, 1, K_ROW)
-            if K_STORE:
-                i_s = tl.where(i_s < 0, i_s + S, i_s) if WRAP else i_s
-                ptr = k_cache_ptr + i_b * s_kc[0] + o_h * s_kc[1] + i_s * s_kc[2]
-                store_row(ptr, row, m_t & m_h & (i_s >= 0) & (i_s < S), s_kc[3], K_ROW)
+                store_row(k_out_ptr + o_row * K[2], row, m_t & m_h, 1, 0, 1, K_ROW)
+            if K_CACHE[0] > 0:
+                row = cast_row(
+                    row, k_cache_scale_ptr, s_kcs[0], s_kcs[1], s_kcs[2], i_b, o_t, o_h,
+                    m_t & m_h, K_CACHE,
+                )  # fmt: skip
+                place, there = place_of(i_s, i_o, s_kc, sizes[0], K_CACHE)
+                ptr = k_cache_ptr + i_b * s_kc[0] + o_h * s_kc[1] + place
+                store_row(ptr, row, m_t & m_h & there, s_kc[5], s_kc[6], K_CACHE[14], K_ROW)
     if V[0] > 0:  # noqa: SIM102
         if i_block >= Q[0] + K[0]:
             o_h, m_h = heads_of(i_block - Q[0] - K[0], HEADS, V[1])
@@ -286,58 +267,73 @@ def tile(
                 v_ptr + i_b * s_v[0] + o_t * s_v[1] + o_h * s_v[2], v_ptr, v_ptr, v_ptr,
                 cos_ptr, sin_ptr, o_h, m_h, m_t, m_r, s_v[3], 0, 0, 0.0, V, V_ROW,
             )  # fmt: skip
-            i_s = tl.where(i_s < 0, i_s + S, i_s) if WRAP else i_s
-            ptr = v_cache_ptr + i_b * s_vc[0] + o_h * s_vc[1] + i_s * s_vc[2]
-            store_row(ptr, row, m_t & m_h & (i_s >= 0) & (i_s < S), s_vc[3], V_ROW)
+            row = cast_row(
+                row, v_cache_scale_ptr, s_vcs[0], s_vcs[1], s_vcs[2], i_b, o_t, o_h,
+                m_t & m_h, V_CACHE,
+            )  # fmt: skip
+            place, there = place_of(i_s, i_o, s_vc, sizes[1], V_CACHE)
+            ptr = v_cache_ptr + i_b * s_vc[0] + o_h * s_vc[1] + place
+            store_row(ptr, row, m_t & m_h & there, s_vc[5], s_vc[6], V_CACHE[14], V_ROW)
 
 
 @triton.jit
 def norm_rope_store(
-    q_ptr, k_ptr, v_ptr, q_out_ptr, k_out_ptr, k_cache_ptr, v_cache_ptr, slots_ptr, positions_ptr,
+    q_ptr, k_ptr, v_ptr, q_out_ptr, k_out_ptr, k_cache_ptr, v_cache_ptr, slots_ptr, offsets_ptr,
+    positions_ptr, k_cache_scale_ptr, v_cache_scale_ptr,
     q_weight_ptr, k_weight_ptr, q_bias_ptr, k_bias_ptr, q_scale_ptr, k_scale_ptr, cos_ptr, sin_ptr,
     stride_qb, stride_qt, stride_qh, stride_qd, stride_kb, stride_kt, stride_kh, stride_kd,
     stride_vb, stride_vt, stride_vh, stride_vd,
     stride_qsb, stride_qst, stride_qsh, stride_ksb, stride_kst, stride_ksh,
     stride_cosb, stride_cost, stride_cosd, stride_sinb, stride_sint, stride_sind,
-    stride_kcb, stride_kcg, stride_kcs, stride_kcd, stride_vcb, stride_vcg, stride_vcs, stride_vcd,
-    stride_slot, stride_pb, stride_pt, q_eps, k_eps, T, S,
+    stride_kcb, stride_kcg, stride_kc0, stride_kc1, stride_kc2, stride_kcd, stride_kce,
+    stride_vcb, stride_vcg, stride_vc0, stride_vc1, stride_vc2, stride_vcd, stride_vce,
+    stride_slotb, stride_slott, stride_offb, stride_offt, stride_pb, stride_pt,
+    stride_kcsb, stride_kcst, stride_kcsh, stride_vcsb, stride_vcst, stride_vcsh,
+    q_eps, k_eps, T, k_size_0, k_size_1, k_size_2, v_size_0, v_size_1, v_size_2,
     Q: tl.constexpr, K: tl.constexpr, V: tl.constexpr, Q_ROW: tl.constexpr,
     K_ROW: tl.constexpr, V_ROW: tl.constexpr,
-    K_KEEP: tl.constexpr, K_STORE: tl.constexpr, WRAP: tl.constexpr,
+    K_KEEP: tl.constexpr, K_CACHE: tl.constexpr, V_CACHE: tl.constexpr,
     LOOKUP: tl.constexpr, SINGLE: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     """A program does TOKENS x HEADS rows of q, k or v of one batch row.
 
     Grid: (ceil(T / TOKENS) * programs of q, k, v, B); the programs of a token are neighbours.
     Reads: q, k, v by their strides; tables, weights and scales once a program; the tokens' slots.
-    Writes: q_out, k_out where K_KEEP, caches where K_STORE and V has programs; nothing outside a
-    cache.
+    Writes: q_out, k_out where K_KEEP, caches where K_CACHE has indices and V programs; nothing
+    outside a cache.
     Numerics: float32 from load to store, one rounding.
     """
     strides = (
         (stride_qb, stride_qt, stride_qh, stride_qd), (stride_kb, stride_kt, stride_kh, stride_kd),
         (stride_vb, stride_vt, stride_vh, stride_vd), (stride_qsb, stride_qst, stride_qsh),
         (stride_ksb, stride_kst, stride_ksh), (stride_cosb, stride_cost, stride_cosd),
-        (stride_sinb, stride_sint, stride_sind), (stride_kcb, stride_kcg, stride_kcs, stride_kcd),
-        (stride_vcb, stride_vcg, stride_vcs, stride_vcd), (stride_slot,), (stride_pb, stride_pt),
+        (stride_sinb, stride_sint, stride_sind),
+        (stride_kcb, stride_kcg, stride_kc0, stride_kc1, stride_kc2, stride_kcd, stride_kce),
+        (stride_vcb, stride_vcg, stride_vc0, stride_vc1, stride_vc2, stride_vcd, stride_vce),
+        (stride_slotb, stride_slott), (stride_offb, stride_offt), (stride_pb, stride_pt),
+        (stride_kcsb, stride_kcst, stride_kcsh), (stride_vcsb, stride_vcst, stride_vcsh),
     )  # fmt: skip
+    sizes = ((k_size_0, k_size_1, k_size_2), (v_size_0, v_size_1, v_size_2))
     tile(
-        q_ptr, k_ptr, v_ptr, q_out_ptr, k_out_ptr, k_cache_ptr, v_cache_ptr, slots_ptr,
-        positions_ptr, q_weight_ptr, k_weight_ptr, q_bias_ptr, k_bias_ptr, q_scale_ptr, k_scale_ptr,
+        q_ptr, k_ptr, v_ptr, q_out_ptr, k_out_ptr, k_cache_ptr, v_cache_ptr, slots_ptr, offsets_ptr,
+        positions_ptr, k_cache_scale_ptr, v_cache_scale_ptr, q_weight_ptr, k_weight_ptr,
+        q_bias_ptr, k_bias_ptr, q_scale_ptr, k_scale_ptr,
         cos_ptr, sin_ptr,
-        strides, q_eps, k_eps, T, S, Q, K, V, Q_ROW, K_ROW, V_ROW,
-        K_KEEP, K_STORE, WRAP, LOOKUP, SINGLE, TOKENS, HEADS,
+        strides, q_eps, k_eps, T, sizes, Q, K, V, Q_ROW, K_ROW, V_ROW,
+        K_KEEP, K_CACHE, V_CACHE, LOOKUP, SINGLE, TOKENS, HEADS,
     )  # fmt: skip
 
 
 @triton.jit
 def norm_rope_store_static(
-    q_ptr, k_ptr, v_ptr, q_out_ptr, k_out_ptr, k_cache_ptr, v_cache_ptr, slots_ptr, positions_ptr,
+    q_ptr, k_ptr, v_ptr, q_out_ptr, k_out_ptr, k_cache_ptr, v_cache_ptr, slots_ptr, offsets_ptr,
+    positions_ptr, k_cache_scale_ptr, v_cache_scale_ptr,
     q_weight_ptr, k_weight_ptr, q_bias_ptr, k_bias_ptr, q_scale_ptr, k_scale_ptr, cos_ptr, sin_ptr,
-    q_eps, k_eps, T, S, STRIDES: tl.constexpr,
+    q_eps, k_eps, T, k_size_0, k_size_1, k_size_2, v_size_0, v_size_1, v_size_2,
+    STRIDES: tl.constexpr,
     Q: tl.constexpr, K: tl.constexpr, V: tl.constexpr, Q_ROW: tl.constexpr,
     K_ROW: tl.constexpr, V_ROW: tl.constexpr,
-    K_KEEP: tl.constexpr, K_STORE: tl.constexpr, WRAP: tl.constexpr,
+    K_KEEP: tl.constexpr, K_CACHE: tl.constexpr, V_CACHE: tl.constexpr,
     LOOKUP: tl.constexpr, SINGLE: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     """norm_rope_store where every stride is a number: fewer arguments and registers (on an H200
@@ -349,14 +345,17 @@ def norm_rope_store_static(
         (STRIDES[8], STRIDES[9], STRIDES[10], STRIDES[11]),
         (STRIDES[12], STRIDES[13], STRIDES[14]), (STRIDES[15], STRIDES[16], STRIDES[17]),
         (STRIDES[18], STRIDES[19], STRIDES[20]), (STRIDES[21], STRIDES[22], STRIDES[23]),
-        (STRIDES[24], STRIDES[25], STRIDES[26], STRIDES[27]),
-        (STRIDES[28], STRIDES[29], STRIDES[30], STRIDES[31]),
-        (STRIDES[32],), (STRIDES[33], STRIDES[34]),
+        (STRIDES[24], STRIDES[25], STRIDES[26], STRIDES[27], STRIDES[28], STRIDES[29], STRIDES[30]),
+        (STRIDES[31], STRIDES[32], STRIDES[33], STRIDES[34], STRIDES[35], STRIDES[36], STRIDES[37]),
+        (STRIDES[38], STRIDES[39]), (STRIDES[40], STRIDES[41]), (STRIDES[42], STRIDES[43]),
+        (STRIDES[44], STRIDES[45], STRIDES[46]), (STRIDES[47], STRIDES[48], STRIDES[49]),
     )  # fmt: skip
+    sizes = ((k_size_0, k_size_1, k_size_2), (v_size_0, v_size_1, v_size_2))
     tile(
-        q_ptr, k_ptr, v_ptr, q_out_ptr, k_out_ptr, k_cache_ptr, v_cache_ptr, slots_ptr,
-        positions_ptr, q_weight_ptr, k_weight_ptr, q_bias_ptr, k_bias_ptr, q_scale_ptr, k_scale_ptr,
+        q_ptr, k_ptr, v_ptr, q_out_ptr, k_out_ptr, k_cache_ptr, v_cache_ptr, slots_ptr, offsets_ptr,
+        positions_ptr, k_cache_scale_ptr, v_cache_scale_ptr, q_weight_ptr, k_weight_ptr,
+        q_bias_ptr, k_bias_ptr, q_scale_ptr, k_scale_ptr,
         cos_ptr, sin_ptr,
-        strides, q_eps, k_eps, T, S, Q, K, V, Q_ROW, K_ROW, V_ROW,
-        K_KEEP, K_STORE, WRAP, LOOKUP, SINGLE, TOKENS, HEADS,
+        strides, q_eps, k_eps, T, sizes, Q, K, V, Q_ROW, K_ROW, V_ROW,
+        K_KEEP, K_CACHE, V_CACHE, LOOKUP, SINGLE, TOKENS, HEADS,
     )  # fmt: skip

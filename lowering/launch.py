@@ -12,27 +12,12 @@ from typing import Any
 
 from torch.utils._sympy.functions import FloorDiv
 
+from fxfuse.lowering import launch_stores
+from fxfuse.lowering.operand import Operand, Size
 from fxfuse.lowering.tiles import Tile, tile_for
 from fxfuse.patterns.record import Pair, Pass, Record, Stream
 
-# An int, or Inductor's symbolic expression of one.
-Size = Any
-
 MAX_PASSES = 2
-
-
-@dataclasses.dataclass(frozen=True)
-class Operand:
-    """A tensor, or what Inductor holds for one, with its shape and strides in elements."""
-
-    value: Any
-    shape: tuple[Size, ...]
-    strides: tuple[Size, ...]
-
-    def steps(self, dims: int) -> tuple[Size, ...]:
-        """Strides of the leading dims, 0 where the operand is broadcast."""
-        pairs = zip(self.shape[:dims], self.strides[:dims], strict=True)
-        return tuple(0 if size == 1 else stride for size, stride in pairs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +58,7 @@ def plan(
         weights = [operands.get(f"{name.lower()}_{part}") for part in ("weight", "bias")]
         constants[name] = _stream(stream or record.q, programs[-1], count, *weights)
         constants[f"{name}_ROW"] = _row(stream or record.q)
+    constants |= launch_stores.constants(record, operands)
     constants["LOOKUP"] = _table_rows(operands)
     constants |= {"TOKENS": tile.tokens, "HEADS": tile.heads, "SINGLE": q.shape[:2] == (1, 1)}
     grid = (ceil_div(q.shape[1], tile.tokens) * sum(programs), q.shape[0])
@@ -121,7 +107,10 @@ POINTERS = (
     "k_cache",
     "v_cache",
     "slots",
+    "offsets",
     "positions",
+    "k_cache_scale",
+    "v_cache_scale",
     "q_weight",
     "k_weight",
     "q_bias",
@@ -133,7 +122,7 @@ POINTERS = (
 )
 
 # The strides that the kernel takes, in its order: prefix of the argument's name, and axes.
-AXES: dict[str, str | tuple[str, ...]] = {
+AXES: dict[str, str] = {
     "q": "bthd",
     "k": "bthd",
     "v": "bthd",
@@ -142,7 +131,8 @@ AXES: dict[str, str | tuple[str, ...]] = {
     "cos": "btd",
     "sin": "btd",
 }
-AXES |= {"kc": "bgsd", "vc": "bgsd", "slot": ("",), "p": "bt"}
+AXES |= {"kc": "bg012de", "vc": "bg012de", "slot": "bt", "off": "bt", "p": "bt"}
+AXES |= {"kcs": "bth", "vcs": "bth"}
 
 
 def _pointers(operands: Mapping[str, Operand | None]) -> dict[str, Any]:
@@ -156,10 +146,8 @@ def _pointers(operands: Mapping[str, Operand | None]) -> dict[str, Any]:
 def _scalars(
     record: Record, operands: Mapping[str, Operand | None], eps: tuple[float, float]
 ) -> dict[str, Any]:
-    q, cache = _needed(operands, "q"), operands.get("k_cache") or operands.get("v_cache")
-    slots_at = 2 if record.store is None or record.store.heads_first else 1
-    size = cache.shape[slots_at] if cache else 0
-    return {"q_eps": eps[0], "k_eps": eps[1], "T": q.shape[1], "S": size}
+    scalars = {"q_eps": eps[0], "k_eps": eps[1], "T": _needed(operands, "q").shape[1]}
+    return scalars | launch_stores.sizes(record, operands)
 
 
 def _strides(record: Record, operands: Mapping[str, Operand | None]) -> dict[str, tuple[Size, ...]]:
@@ -173,11 +161,6 @@ def _strides(record: Record, operands: Mapping[str, Operand | None]) -> dict[str
         # Of one batch row the stride says nothing but how many tokens there are.
         return (*o.steps(1), *o.strides[1:])
 
-    def cache_strides(o: Operand) -> tuple[Size, ...]:
-        b, first, second, d = row_strides(o)
-        heads_first = record.store is None or record.store.heads_first
-        return (b, first, second, d) if heads_first else (b, second, first, d)
-
     def table_strides(o: Operand) -> tuple[Size, ...]:
         return (*o.steps(2), o.strides[2])
 
@@ -189,10 +172,13 @@ def _strides(record: Record, operands: Mapping[str, Operand | None]) -> dict[str
         "ks": of("k_scale", lambda o: o.steps(3)),
         "cos": of("cos", table_strides),
         "sin": of("sin", table_strides),
-        "kc": of("k_cache", cache_strides),
-        "vc": of("v_cache", cache_strides),
-        "slot": of("slots", lambda o: o.strides[:1]),
+        "kc": launch_stores.strides(record, operands, "k"),
+        "vc": launch_stores.strides(record, operands, "v"),
+        "slot": of("slots", lambda o: (*o.steps(1), o.strides[1])),
+        "off": of("offsets", lambda o: (*o.steps(1), o.strides[1])),
         "p": of("positions", lambda o: o.steps(2)),
+        "kcs": of("k_cache_scale", lambda o: o.steps(3)),
+        "vcs": of("v_cache_scale", lambda o: o.steps(3)),
     }
     return {prefix: part or (0,) * len(AXES[prefix]) for prefix, part in found.items()}
 
@@ -203,8 +189,6 @@ def record_constants(record: Record) -> dict[str, Any]:
     k = record.k
     return {
         "K_KEEP": bool(k and k.keep),
-        "K_STORE": bool(k and record.store),
-        "WRAP": bool(record.store and record.store.negative == "wrap"),
     }
 
 

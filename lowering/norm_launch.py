@@ -14,7 +14,8 @@ import torch
 
 import fxfuse.add_norm
 from fxfuse import reference
-from fxfuse.lowering.launch import Launch, Operand, Size, ceil_div, power_above
+from fxfuse.lowering.launch import Launch, ceil_div, power_above
+from fxfuse.lowering.operand import Operand, Size
 from fxfuse.lowering.providers import KERNEL_DTYPES, Box, Choice, chosen
 from fxfuse.patterns.record import AddNorm
 

@@ -67,6 +67,15 @@ def feature_access(
     return Access(x.leaf, (*steps, *row_steps, *arranged))
 
 
+def placed_access(x: Factor, groups: Sequence[Sequence[Atom]]) -> tuple[Step, ...]:
+    """The steps that give a tensor one axis for each group, of size 1 for an empty one."""
+    labels: list[Label] = list(_axes(len(x.axes)))
+    steps, labels = _rows(x, labels, len(x.axes))
+    if any(a not in labels for group in groups for a in group):
+        raise Refused("stored rows that are repeated")
+    return (*steps, *_arrange(labels, groups, channels=False))
+
+
 def rows_access(
     factor: Factor, groups: Sequence[Sequence[Atom]], first: Sequence[Step] = ()
 ) -> Access:

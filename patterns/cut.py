@@ -6,7 +6,8 @@ projection can: what comes before it stays the model's.
 """
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from torch.fx.node import map_aggregate
@@ -17,6 +18,7 @@ from fxfuse.patterns.value import Definition, Kind, Opaque, Value, leaf_value
 from fxfuse.slots import Call, Scalar, Slot
 
 MAX_CALLS = 96
+NOTHING: Mapping[Call, Slot] = MappingProxyType({})
 
 
 def cuts(reading: Reading, slot: Slot) -> Iterator[Value]:
@@ -28,17 +30,22 @@ def cuts(reading: Reading, slot: Slot) -> Iterator[Value]:
             continue
 
 
-def seen_from(reading: Reading, origin: Slot, slot: Slot) -> Value | None:
-    """The Value of a slot that views make of another, over that one as a leaf."""
+def seen_from(
+    reading: Reading, origin: Slot, slot: Slot, through: Mapping[Call, Slot] = NOTHING
+) -> Value | None:
+    """The Value of a slot that views make of another, over that one as a leaf. The calls of
+    `through` count as views of their tensor.
+    """
     between = []
     call = slot.call
     while slot is not origin and call is not None and call not in between:
         between.append(call)
-        call = call.inputs()[0].call
-        if between[-1].inputs()[0] is origin:
+        before = through.get(call, call.inputs()[0])
+        call = before.call
+        if before is origin:
             break
     try:
-        return _read_from(reading, origin, between[::-1], slot)
+        return _read_from(reading, origin, between[::-1], slot, through)
     except Opaque:
         return None
 
@@ -65,8 +72,14 @@ def _waists(reading: Reading, slot: Slot) -> Iterator[tuple[Slot, list[Call]]]:
                 heapq.heappush(waiting, (-at[x.call], id(x), x))
 
 
-def _read_from(reading: Reading, waist: Slot, between: list[Call], slot: Slot) -> Value:
-    """The slot's Value with the waist as a leaf."""
+def _read_from(
+    reading: Reading,
+    waist: Slot,
+    between: list[Call],
+    slot: Slot,
+    through: Mapping[Call, Slot] = NOTHING,
+) -> Value:
+    """The slot's Value with the waist as a leaf; `through` as in `seen_from`."""
     if waist.dtype.is_complex:
         raise Opaque("a complex tensor")
     version = _version(reading, waist)
@@ -88,6 +101,9 @@ def _read_from(reading: Reading, waist: Slot, between: list[Call], slot: Slot) -
         )
 
     for call in between:
+        if call in through:
+            values[call.outs[0]] = values[through[call]]
+            continue
 
         def argument(x: Any, call: Call = call) -> Any:
             if isinstance(x, Scalar):

@@ -8,7 +8,7 @@ from torch import fx
 from fxfuse.patterns.access import Refused
 from fxfuse.patterns.frontier import Uses
 from fxfuse.patterns.read import Reading
-from fxfuse.patterns.site import Decoded, StoreWrite
+from fxfuse.patterns.site import Access, Decoded, StoreWrite
 from fxfuse.slots import Scalar, Slot
 
 
@@ -35,6 +35,7 @@ class Memory:
     def check(
         self,
         streams: list[Decoded],
+        operands: Iterable[Access],
         stores: list[StoreWrite],
         before: fx.Node,
         holder: Mapping[Slot, fx.Node],
@@ -43,14 +44,14 @@ class Memory:
         own calls.
         """
         here = self.index[before]
+        for access in operands:
+            slot = access.leaf.slot
+            node = slot.node if isinstance(slot, Scalar) else holder[slot]
+            if self.index[node] >= here:
+                raise Refused(f"{node.name} is computed after the first use of the result")
+            if isinstance(slot, Slot):
+                self._check_version(slot, access.leaf.version, before)
         for decoded in streams:
-            for access in decoded.accesses():
-                slot = access.leaf.slot
-                node = slot.node if isinstance(slot, Scalar) else holder[slot]
-                if self.index[node] >= here:
-                    raise Refused(f"{node.name} is computed after the first use of the result")
-                if isinstance(slot, Slot):
-                    self._check_version(slot, access.leaf.version, before)
             self.check_region(decoded.slot.node, before)
         for store in stores:
             self._check_store(store, stores, before, holder)
@@ -98,10 +99,5 @@ class Memory:
         for node in self.touches.get(store.cache.storage, ()):
             if node not in own and start < self.index[node] < end:
                 raise Refused(f"{node.name} touches the cache between its store and the fused op")
-        for slot in (store.slots, store.cache):
-            if slot not in holder or self.index[holder[slot]] >= end:
-                raise Refused("the cache or its slots are not at hand")
-        if self.version(store.slots.storage, before) != self.version(
-            store.slots.storage, store.call.node
-        ):
-            raise Refused("the slots are written between the store and the fused op")
+        if store.cache not in holder or self.index[holder[store.cache]] >= end:
+            raise Refused("the cache is not at hand")

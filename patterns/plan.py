@@ -6,7 +6,7 @@ may write what it reads, or touch what it stores to.
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 import torch
 from torch import fx
@@ -20,6 +20,7 @@ from fxfuse.patterns.memory import Memory
 from fxfuse.patterns.read import Reading
 from fxfuse.patterns.record import Record
 from fxfuse.patterns.site import (
+    Access,
     Decoded,
     Gate,
     Left,
@@ -30,7 +31,8 @@ from fxfuse.patterns.site import (
     fuse_all,
     location,
 )
-from fxfuse.patterns.stores import check_rows, find_stores, stored_copy
+from fxfuse.patterns.stores import find_stores
+from fxfuse.patterns.storing import Stored, Stores
 from fxfuse.slots import Call, Scalar, Size, Slot
 
 aten = torch.ops.aten
@@ -52,19 +54,15 @@ class Plan:
 class _Planner:
     def __init__(self, reading: Reading, store: bool, training: bool, gate: Gate) -> None:
         self.reading, self.gate = reading, gate
-        self.stores, self.no_stores = find_stores(reading)
-        readers = normed_operands(reading, self.stores)
+        found, no_stores = find_stores(reading)
+        readers = normed_operands(reading, found)
         frontier = self.frontier = Frontier(reading, readers, training=training)
         self.uses, self.absorbed = frontier.uses, frontier.absorbed
         self.streams, self.refused = frontier.streams, frontier.refused
         self.memory = Memory(reading)
         self.may_store = store and not training
-        self.store_reasons: dict[Call, str] = {}
         self.plan = Plan([], [], frontier.disproved)
-        self.ends = {d.slot for d in self.streams}
-        self.stored_from: dict[Slot, list[StoreWrite]] = {}
-        for write in self.stores:
-            self.stored_from.setdefault(self._origin(write.value), []).append(write)
+        self.stores = Stores(reading, found, no_stores, self.streams)
         views: dict[fx.Node, bool] = {}
         for call in reading.view.calls:
             is_view = reading.relations.get(call) == "view"
@@ -115,7 +113,7 @@ class _Planner:
                 sites[i] = dataclasses.replace(other, kind="key")
 
     def _is_key(self, decoded: Decoded) -> bool:
-        return self._operand_of_attention(decoded) == 1 or self._store_of(decoded) is not None
+        return self._operand_of_attention(decoded) == 1 or self.stores.of(decoded) is not None
 
     def _joinable(self, a: Decoded, b: Decoded) -> bool:
         """Streams of one attention, of as many tokens: they turn by the same rows of the same
@@ -133,8 +131,10 @@ class _Planner:
         site.
         """
         q, k = self._roles(a, b)
-        k_store = self._store_of(k) if k is not None and self.may_store else None
-        v_store = self._partner_store(k_store) if k_store else None
+        k_store = self.stores.of(k) if k is not None and self.may_store else None
+        v_store = None
+        if k is not None and k_store is not None:
+            v_store = self.stores.partner(k, k_store, self._beside(k_store))
         if k_store and (site := self._stored(q, k, k_store, v_store)):
             return site
         if k_store and b is not None and k is not None and self._stored(k, k, k_store, v_store):
@@ -154,13 +154,13 @@ class _Planner:
             try:
                 return self._place(q, k, k_store, v)
             except Refused as reason:
-                self.store_reasons |= {s.call: str(reason) for s in (k_store, v) if s}
+                self.stores.reasons |= {s.call: str(reason) for s in (k_store, v) if s}
         return None
 
     def _roles(self, a: Decoded, b: Decoded | None) -> tuple[Decoded, Decoded | None]:
         if b is None:
-            return a, (a if self._store_of(a) else None)
-        if self._store_of(a) and not self._store_of(b):
+            return a, (a if self.stores.of(a) else None)
+        if self.stores.of(a) and not self.stores.of(b):
             return b, a
         if self._operand_of_attention(a) == 1 or self._operand_of_attention(b) == 0:
             return b, a
@@ -182,46 +182,8 @@ class _Planner:
                     waiting += call.outs
         return None
 
-    def _store_of(self, decoded: Decoded) -> StoreWrite | None:
-        """The cache write of a stream's result, seen through views."""
-        for store in self.stored_from.get(decoded.slot, ()):
-            try:
-                check_rows(self.reading, store, decoded)
-            except Refused as reason:
-                self.store_reasons[store.call] = str(reason)
-                continue
-            return store
-        return None
-
-    def _origin(self, slot: Slot) -> Slot:
-        ends = self.ends
-        while slot not in ends and slot.call is not None:
-            if self.reading.relations.get(slot.call) != "view":
-                break
-            slot = slot.call.inputs()[0]
-        return slot
-
-    def _partner_store(self, k_store: StoreWrite) -> StoreWrite | None:
-        """v's store: the nearest one at the same slots, into other memory, of a value that is a
-        view of a projection.
-        """
-        for store in self._beside(k_store):
-            if store.record != k_store.record:
-                reason = f"stored as {store.record} where k is stored as {k_store.record}"
-            elif store.value not in self.uses.holder or not stored_copy(self.reading, store):
-                reason = "stored rows that are no view of a tensor of the graph"
-            else:
-                return store
-            self.store_reasons.setdefault(store.call, reason)
-        return None
-
     def _beside(self, k_store: StoreWrite) -> list[StoreWrite]:
-        """The free stores at the slots of k's, into other memory, the nearest first."""
-        at = self.reading.positions
-        taken = {k_store, *(s for site in self.plan.sites for s in site.stores())}
-        free = [s for s in self.stores if s not in taken and s.slots is k_store.slots]
-        free = [s for s in free if s.cache.storage != k_store.cache.storage]
-        return sorted(free, key=lambda s: abs(at[s.call] - at[k_store.call]))
+        return self.stores.beside(k_store, (s for site in self.plan.sites for s in site.stores()))
 
     def _place(
         self,
@@ -232,26 +194,29 @@ class _Planner:
     ) -> Site:
         stores = [s for s in (k_store, v_store) if s is not None]
         streams = [s for s in (q, k) if s is not None]
-        v = None
-        if v_store is not None:
-            v = stored_copy(self.reading, v_store)
-            assert v is not None
-            streams.append(v)
+        stored: Stored | None = None
+        if k is not None and k_store is not None:
+            stored = self.stores.joined(k, k_store, v_store)
+            streams += [stored.v] if stored.v else []
         q = self._kept(q, None) if q is not k else _without_heads(q)
         k = self._kept(k, k_store) if k is not None else None
         results = [s for s in (q, k) if s is not None and s.stream.keep]
-        before, sunk = self._position(streams, results, stores)
-        self.memory.check(streams, stores, before, self.uses.holder)
-        if k_store is not None and k is not None and k_store.cache.dtype != k.slot.dtype:
-            raise Refused("a cache of another dtype")
+        operands = [a for d in streams for a in d.accesses()]
+        operands += stored.accesses() if stored else []
+        before, sunk = self._position(operands, results, stores)
+        self.memory.check(streams, operands, stores, before, self.uses.holder)
+        v = stored.v if stored else None
         record = Record(
             q.stream,
             k.stream if k else None,
             v.stream if v else None,
-            k_store.record if k_store else None,
+            stored.record if stored else None,
         )
         kind = "norm" if record.q.rotation is None else "attention"
-        return Site(record, q, k, v, k_store, v_store, before, sunk, kind)
+        site = Site(record, q, k, v, k_store, v_store, before, sunk, kind)
+        if stored is None:
+            return site
+        return dataclasses.replace(site, slots=stored.slots, scales=stored.scales)
 
     def _kept(self, decoded: Decoded, store: StoreWrite | None) -> Decoded:
         """keep=False where the cache alone receives the result."""
@@ -259,46 +224,53 @@ class _Planner:
         return dataclasses.replace(decoded, stream=dataclasses.replace(decoded.stream, keep=keep))
 
     def _is_read_beside(self, slot: Slot, store: StoreWrite) -> bool:
-        consumers, _ = self._consumers(slot)
+        consumers, _ = self._consumers(slot, store.through)
         return any(node is not store.call.node for node in consumers)
 
-    def _consumers(self, slot: Slot) -> tuple[list[fx.Node], list[fx.Node]]:
-        """The nodes outside the site that read a slot, and the pure views through which they do."""
+    def _consumers(
+        self, slot: Slot, through: Container[Call] = ()
+    ) -> tuple[list[fx.Node], list[fx.Node]]:
+        """The nodes outside the site that read a slot, and the pure views through which they do;
+        the calls of `through` count as views.
+        """
         consumers, views = [], []
         if slot in self.uses.returned:
             consumers.append(self.uses.output)
         for call in self.uses.consumers.get(slot, []):
             if call in self.absorbed:
                 continue
-            if call.node not in self.view_nodes:
+            if call.node not in self.view_nodes and call not in through:
                 consumers.append(call.node)
                 continue
             views.append(call.node)
             for out in call.outs:
-                more, through = self._consumers(out)
+                more, seen = self._consumers(out, through)
                 consumers += more
-                views += through
+                views += seen
         return consumers, views
 
     def _position(
-        self, streams: list[Decoded], results: Iterable[Decoded], stores: list[StoreWrite]
+        self, operands: list[Access], results: Iterable[Decoded], stores: list[StoreWrite]
     ) -> tuple[fx.Node, tuple[fx.Node, ...]]:
         """The node the op is inserted before: the site's last store, or where its operands are at
         hand if that is later; without a store the first consumer of its results. And the views of
         its results that must move behind it.
         """
-        operands = [a.leaf.slot for d in streams for a in d.accesses()]
+        slots = [a.leaf.slot for a in operands]
+        if not all(isinstance(s, Scalar) or s in self.uses.holder for s in slots):
+            raise Refused("an operand that no node of the graph holds")
         ready = max(
-            (s.node if isinstance(s, Scalar) else self.uses.holder[s] for s in operands),
+            (s.node if isinstance(s, Scalar) else self.uses.holder[s] for s in slots),
             key=self.memory.index.__getitem__,
         ).next
         index = self.memory.index
         own = {s.call.node for s in stores}
+        through = {call for s in stores for call in s.through}
         consumers, views = [], []
         for decoded in results:
-            more, through = self._consumers(decoded.slot)
+            more, seen = self._consumers(decoded.slot, through)
             consumers += [c for c in more if c not in own]
-            views += through
+            views += seen
             self.memory.check_unwritten(decoded.slot, more, self.uses)
         if stores:
             before = max(*own, ready, key=index.__getitem__)
@@ -333,7 +305,7 @@ class _Planner:
     def _report_writes(self, decoded: Decoded) -> None:
         """Why the cache writes of a fused result stay the model's."""
         for call in self._final_consumers(decoded.slot):
-            reason = self.store_reasons.get(call) or self.no_stores.get(call)
+            reason = self.stores.reasons.get(call) or self.stores.refused.get(call)
             if call.op == aten.cat.default:
                 reason = "a cache that grows by cat is made anew, not written to"
             elif reason is None and call.writes:
@@ -344,7 +316,7 @@ class _Planner:
 
     def _report_store(self, stores: list[StoreWrite]) -> None:
         """Why a store beside a fused one stays the model's."""
-        for node, reason in [(s.call.node, self.store_reasons.get(s.call)) for s in stores]:
+        for node, reason in [(s.call.node, self.stores.reasons.get(s.call)) for s in stores]:
             if reason is not None:
                 self.plan.refusals.append(Refusal("store", node.name, reason, location(node)))
 

@@ -101,16 +101,47 @@ class Stream:
 
 
 @dataclasses.dataclass(frozen=True)
-class Store:
-    """Rows of k (and v) written into caches at cache[b, g, slots[t]] or cache[b, slots[t], g].
+class Cast:
+    """How a stored row becomes a cache's numbers: first / or * by a scale tensor, then clamped to
+    +-limit (0: not), then rounded once to dtype; a dtype of "" is the cache's own.
 
-    heads_first  the cache is [B, G, S, D] if true, else [B, S, G, D]
-    negative     what slot -1 means: "invalid" (index_copy_: never given) or "wrap" (index_put_: the
-                 last slot)
+    scale   what is done with the cache's scale tensor, "" without one
+    factor  a number that multiplies too
     """
 
-    heads_first: bool
-    negative: Literal["invalid", "wrap"] = "invalid"
+    dtype: str = ""
+    scale: Literal["", "divide", "multiply"] = ""
+    factor: float = 1.0
+    limit: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where a cache holds channel d of head g of batch row b: its axes, a letter each.
+
+    axes  "b" batch, "h" heads, "d" channels, digits the slot's indices; with an axis "e" channels
+          are split, d // size of e and d % size of e. transformers' static cache is "bh0d", a flat
+          one "0hd", pages "01hd" or "0h1d", the split keys of paged attention "0hd1e".
+    index for each digit: operand (0 the slots, 1 the offsets), divisor and modulus (0: none):
+          index = operand // divisor % modulus
+    """
+
+    axes: str
+    index: tuple[tuple[int, int, int], ...] = ((0, 1, 0),)
+    cast: Cast = Cast()
+
+
+@dataclasses.dataclass(frozen=True)
+class Store:
+    """Rows of k (and v) written into caches, at the same slots.
+
+    negative  what slot -1 means: "invalid" (index_copy_: never given), "wrap" (index_put_: an index
+              below 0 counts from its axis' end) or "skip" (the row is not written)
+    """
+
+    k: Layout
+    v: Layout
+    negative: Literal["invalid", "wrap", "skip"] = "invalid"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +166,7 @@ class Record:
             q=_stream(data["q"]),
             k=_stream(data["k"]) if data["k"] else None,
             v=_stream(data["v"]) if data["v"] else None,
-            store=Store(**data["store"]) if data["store"] else None,
+            store=_store(data["store"]) if data["store"] else None,
         )
 
 
@@ -164,6 +195,14 @@ class AddNorm:
     def from_text(text: str) -> "AddNorm":
         data = json.loads(text)
         return AddNorm(**{**data, "norm": Norm(**data["norm"])})
+
+
+def _store(data: dict[str, Any]) -> Store:
+    def layout(data: dict[str, Any]) -> Layout:
+        index = tuple((operand, by, of) for operand, by, of in data["index"])
+        return Layout(data["axes"], index, Cast(**data["cast"]))
+
+    return Store(layout(data["k"]), layout(data["v"]), data["negative"])
 
 
 def _stream(data: dict[str, Any]) -> Stream:

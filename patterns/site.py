@@ -3,17 +3,18 @@ say why not.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import fx
 
-from fxfuse.patterns.record import AddNorm, Record, Store, Stream
+from fxfuse.patterns.record import AddNorm, Cast, Record, Stream
 from fxfuse.patterns.value import Leaf, Value
 from fxfuse.slots import Call, Scalar, Slot
 
 Step: TypeAlias = tuple[Any, ...]
+UNCAST = Cast()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,35 +78,43 @@ class Refusal:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class CacheIndex:
+    """An index of a cache's axis: slots // divisor % modulus (0: none), as `reader` read slots."""
+
+    slots: Slot
+    divisor: int
+    modulus: int
+    reader: Call
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class StoreWrite:
-    """One write of a decoded value into a cache: `cache[..., slots, ...] = value` along its token
-    axis. `missing` is the axis of four that cache and value do not have, its batch or its heads;
-    `lead` how many axes of size 1 the value lacks in front, or has beyond the cache's if below 0.
+    """One write of rows into a cache: `cache[.., indices, ..] = value`.
+
+    places    for each axis of the cache the value's axis that fills it, None where the value lacks
+              one of size 1; for those of `indexed` the number of their index
+    tokens    the value's axis that the indices walk, None as above
+    negative  what an index below 0 means, see `Store`
+    cast      how the value's numbers became the cache's; `through` has the calls that did it, each
+              with the tensor it did it to, and `scale` their scale tensor and its reader
     """
 
     call: Call
     cache: Slot
-    slots: Slot
     value: Slot
-    record: Store
-    missing: int | None = None
-    lead: int = 0
+    places: tuple[int | None, ...]
+    indexed: frozenset[int]
+    tokens: int | None
+    indices: tuple[CacheIndex, ...]
+    negative: Literal["invalid", "wrap", "skip"]
+    cast: Cast = UNCAST
+    through: Mapping[Call, Slot] = dataclasses.field(default_factory=dict)
+    scale: tuple[Slot, Call] | None = None
 
-    def axis(self, i: int) -> int | None:
-        """The value's axis that is axis i of four."""
-        if i == self.missing:
-            return None
-        place = i - (self.missing is not None and i > self.missing) - self.lead
-        return place if place >= 0 else None
-
-    def lifted(self) -> tuple[Step, ...]:
-        """The views that give the cache four axes."""
-        return () if self.missing is None else (("unsqueeze", self.missing),)
-
-    def lifted_value(self) -> tuple[Step, ...]:
-        """The views that give the value four axes."""
-        step: Step = ("unsqueeze", 0) if self.lead > 0 else ("select", 0, 0)
-        return (*[step] * abs(self.lead), *self.lifted())
+    @property
+    def roots(self) -> tuple[Slot, ...]:
+        """The tensors that the indices are made of, each once."""
+        return tuple(dict.fromkeys(i.slots for i in self.indices))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -113,8 +122,9 @@ class Site:
     """One fused op: its record, its streams (q first), its stores, the node it is inserted before,
     and views of its results that the model takes before that node and that move behind the op.
     A k that is stored by an op of its own stands for its q too, of which the op sees no head.
-    `kind` is "key" for the k of an attention whose q is a site of its own, "norm" where q and k are
-    normed and not rotated, else "attention".
+    `slots` are what the stores' indices are made of, as [B|1, T]; `scales` the scale tensors of the
+    caches of k and v. `kind` is "key" for the k of an attention whose q is a site of its own,
+    "norm" where q and k are normed and not rotated, else "attention".
     """
 
     record: Record
@@ -126,6 +136,8 @@ class Site:
     before: fx.Node
     sunk: tuple[fx.Node, ...] = ()
     kind: str = "attention"
+    slots: tuple[Access, ...] = ()
+    scales: tuple[Access | None, Access | None] = (None, None)
 
     def is_single(self) -> bool:
         """Whether it makes one tensor alone: a q, or a k that is stored; the latter's q has no

@@ -1,35 +1,29 @@
-"""Cache layouts: the ways a graph writes rows into a KV cache, one table entry each.
+"""Cache writes: the ways a graph writes rows into a KV cache, one table entry each.
 
-An entry reads one ATen call into a `StoreWrite`, or raises Refused. To add a layout, write one
-function under `@cache_layout(op)` and one test in tests/test_memory.py.
+An entry reads one ATen call into `StoreWrite`s, or raises Refused. To add a way, write one function
+under `@cache_layout(op)` and one test in tests/test_memory.py; an op of a library that writes rows
+of k and v in one call is one line, see `fxfuse.register_store`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 
 from fxfuse.patterns.access import Refused
-from fxfuse.patterns.atoms import divide
-from fxfuse.patterns.cut import seen_from
 from fxfuse.patterns.read import Reading
-from fxfuse.patterns.record import Pass, Store, Stream
-from fxfuse.patterns.site import Access, Decoded, StoreWrite
-from fxfuse.patterns.value import Atom, Index, Leaf
-from fxfuse.slots import Call, Size, Slot
+from fxfuse.patterns.site import CacheIndex, StoreWrite
+from fxfuse.slots import Call, Slot
 
 aten = torch.ops.aten
 
-Negative: TypeAlias = Literal["invalid", "wrap"]
+Negative: TypeAlias = Literal["invalid", "wrap", "skip"]
+Writes: TypeAlias = "StoreWrite | Sequence[StoreWrite]"
 
-LAYOUTS: dict[Any, Callable[[Call], StoreWrite]] = {}
-F = TypeVar("F", bound=Callable[[Call], StoreWrite])
+LAYOUTS: dict[Any, Callable[[Call], Writes]] = {}
+F = TypeVar("F", bound=Callable[[Call], Writes])
 
-
-# Where tokens are, by a cache's rank and its token axis: the axis of four that it does not have.
-MISSING: dict[tuple[int, int], int | None] = {(4, 1): None, (4, 2): None, (3, 0): 0, (3, 1): 2}
-TOKEN_AXES = "axis 1 or 2 of four, or 0 or 1 of three"
-AXES = ("batch", "tokens", "heads", "channels")
+INTEGERS = (torch.int64, torch.int32)
 
 
 def cache_layout(op: Any) -> Callable[[F], F]:
@@ -44,42 +38,103 @@ def cache_layout(op: Any) -> Callable[[F], F]:
 
 @cache_layout(aten.index_copy_.default)
 def _index_copy(call: Call) -> StoreWrite:
-    """cache.index_copy_(dim, slots, value), of [B, G, S, D] (dim 2) or [B, S, G, D] (dim 1)."""
+    """cache.index_copy_(dim, slots, value)."""
     cache, dim, slots, value = call.args
     return rows_write(call, cache, dim % len(cache.shape), slots, value, "invalid")
 
 
 @cache_layout(aten.index_put_.default)
 def _index_put(call: Call) -> StoreWrite:
-    """cache[:, :, slots] = value: an index on the token axis alone, no accumulation."""
+    """cache[.., blocks, .., offsets, ..] = value: whole rows, no accumulation."""
     cache, indices, value, *accumulate = call.args
-    given = [d for d, i in enumerate(indices) if i is not None]
-    if len(given) != 1 or any(accumulate) or call.kwargs.get("accumulate"):
+    given = {d: i for d, i in enumerate(indices) if i is not None}
+    if not given or any(accumulate) or call.kwargs.get("accumulate"):
         raise Refused("an index_put_ that is no plain write of rows")
-    return rows_write(call, cache, given[0], indices[given[0]], value, "wrap")
+    return indexed_write(call, cache, given, value, "wrap")
 
 
 def rows_write(
     call: Call, cache: Slot, dim: int, slots: Slot, value: Slot, negative: Negative
 ) -> StoreWrite:
-    """Whole rows at the slots of a [B, G, S, D] or [B, S, G, D] cache, the same for all of B; or of
-    one without heads, [B, S, D], or without a batch, [S, G, D], as a paged cache's flat view.
+    """Rows at the slots along one axis of a cache, shaped as the cache but for that axis."""
+    return indexed_write(call, cache, {dim: slots}, value, negative)
+
+
+def indexed_write(
+    call: Call, cache: Slot, indices: dict[int, Slot], value: Slot, negative: Negative
+) -> StoreWrite:
+    """Rows at one index, or several, of a cache's axes, as index_put_ has it: the rows' axis stands
+    where the indices do, in front where those are no neighbours.
     """
     value = _before_setitem(call, value)
-    rank, lead = len(cache.shape), len(cache.shape) - len(value.shape)
-    if (rank, dim) not in MISSING:
-        shape = list(cache.shape)
-        raise Refused(f"rows along axis {dim} of a cache of shape {shape}, wanted {TOKEN_AXES}")
-    if slots.dtype not in (torch.int64, torch.int32) or len(slots.shape) != 1:
-        raise Refused(f"slots {list(slots.shape)} of {slots.dtype}, wanted a vector of integers")
-    if cache.dtype != value.dtype:
-        raise Refused(f"a cache of {cache.dtype} for rows of {value.dtype}")
-    wanted = [*cache.shape[:dim], slots.shape[0], *cache.shape[dim + 1 :]]
+    dims = sorted(indices)
+    for slots in indices.values():
+        if slots.dtype not in INTEGERS or len(slots.shape) != 1:
+            raise Refused(
+                f"slots {list(slots.shape)} of {slots.dtype}, wanted a vector of integers"
+            )
+    if len({slots.shape for slots in indices.values()}) > 1:
+        raise Refused("indices of different lengths")
+    free = [d for d in range(len(cache.shape)) if d not in indices]
+    at = dims[0] if dims[-1] - dims[0] < len(dims) else 0
+    order: list[int | None] = [*free[:at], None, *free[at:]]
+    wanted = [indices[dims[0]].shape[0] if d is None else cache.shape[d] for d in order]
+    lead = len(wanted) - len(value.shape)
     found = [1] * lead + list(value.shape[max(-lead, 0) :])
     if found != wanted or any(s != 1 for s in value.shape[: max(-lead, 0)]) or not value.shape:
         raise Refused(f"rows of shape {list(value.shape)} where the cache takes {wanted}")
-    record = Store(heads_first=dim == 2, negative=negative)
-    return StoreWrite(call, cache, slots, value, record, MISSING[rank, dim], lead)
+    axis = {d: i - lead if i >= lead else None for i, d in enumerate(order)}
+    read = [_resolved(call, indices[d]) for d in dims]
+    places = [dims.index(d) if d in indices else axis[d] for d in range(len(cache.shape))]
+    return StoreWrite(
+        call, cache, value, tuple(places), frozenset(dims), axis[None], tuple(read), negative
+    )
+
+
+# How an index is made of slots, as (divisor, modulus) of its number.
+DIVISIONS: dict[Any, Callable[[int], tuple[int, int]]] = {
+    aten.floor_divide.default: lambda n: (n, 0),
+    aten.floor_divide.Scalar: lambda n: (n, 0),
+    aten.remainder.Scalar: lambda n: (1, n),
+    aten.remainder.Tensor: lambda n: (1, n),
+    aten.bitwise_right_shift.Tensor_Scalar: lambda n: (1 << n, 0),
+}
+
+
+def _resolved(call: Call, slot: Slot) -> CacheIndex:
+    """An index as what slots, divided by numbers, give: slots // divisor % modulus."""
+    index = CacheIndex(slot, 1, 0, call)
+    while (made := index.slots.call) is not None:
+        step = _division(made)
+        if step is None or made.inputs()[0].dtype not in INTEGERS:
+            return index
+        by, of = step
+        # Outer steps so far: (x // by % of) // divisor % modulus.
+        if of and of % index.divisor == 0 and (not index.modulus or _fits(of, index)):
+            modulus = index.modulus or of // index.divisor
+        elif not of:
+            modulus = index.modulus
+        else:
+            return index
+        index = CacheIndex(made.inputs()[0], by * index.divisor, modulus, made)
+    return index
+
+
+def _fits(of: int, index: CacheIndex) -> bool:
+    """Whether a modulus inside leaves the one outside as it is."""
+    return (of // index.divisor) % index.modulus == 0
+
+
+def _division(made: Call) -> tuple[int, int] | None:
+    if made.op is aten._to_copy.default:
+        return (1, 0) if made.outs[0].dtype in INTEGERS else None
+    if made.op is aten.div.Tensor_mode and made.kwargs.get("rounding_mode") == "floor":
+        rule: Callable[[int], tuple[int, int]] | None = DIVISIONS[aten.floor_divide.default]
+    else:
+        rule = DIVISIONS.get(made.op)
+    number = made.args[1] if rule is not None and len(made.args) == 2 else None
+    positive = isinstance(number, int) and not isinstance(number, bool) and number > 0
+    return rule(number) if rule is not None and positive and number is not None else None
 
 
 def _before_setitem(call: Call, value: Slot) -> Slot:
@@ -98,94 +153,16 @@ def _before_setitem(call: Call, value: Slot) -> Slot:
 def find_stores(reading: Reading) -> tuple[list[StoreWrite], dict[Call, str]]:
     """The cache writes of a graph, in order, and why other writes of known ops are none.
 
-    A cache is a whole input of the graph, or memory the graph made itself.
+    A cache is an input of the graph, seen as a whole or one of its parts, or memory the graph made.
     """
-    given = {slot.storage for slot in reading.values if slot.call is None}
-    stores, refused = [], {}
+    stores: list[StoreWrite] = []
+    refused: dict[Call, str] = {}
     for call in reading.view.calls:
         if call.op not in LAYOUTS:
             continue
         try:
-            store = LAYOUTS[call.op](call)
+            written = LAYOUTS[call.op](call)
+            stores += [written] if isinstance(written, StoreWrite) else written
         except Refused as reason:
             refused[call] = str(reason)
-            continue
-        if store.cache.call is not None and store.cache.storage in given:
-            refused[call] = "a cache that is a part of another tensor"
-        else:
-            stores.append(store)
     return stores, refused
-
-
-def stored_copy(reading: Reading, store: StoreWrite) -> Decoded | None:
-    """v as a stream: the stored rows as they are, if they are a plain view of one tensor of the
-    graph.
-    """
-    value, slot = reading.values[store.value], store.value
-    plain = len(value.terms) == 1 and len(value.terms[0].factors) == 1
-    if not plain or set(value.terms[0].coefficients) != {1.0}:
-        return None
-    order = (0, 2, 1, 3) if store.record.heads_first else (0, 1, 2, 3)
-    channels = slot.shape[-1]
-    if not isinstance(channels, int):
-        return None
-    leaf = Leaf(
-        -1,
-        slot.shape,
-        slot.dtype,
-        reading.kinds[slot],
-        slot,
-        reading.versions_at(store.call, slot.storage),
-    )
-    stream = Stream(
-        channels=channels,
-        norm=None,
-        rotation=None,
-        passes=(Pass(0, 0, channels),),
-        dtype=str(slot.dtype).removeprefix("torch."),
-        keep=False,
-    )
-    b, t, h = (store.axis(i) for i in order[:3])
-    steps = (*store.lifted_value(), ("permute", order))
-    return Decoded(slot, value, stream, (b, t, h), Access(leaf, steps))
-
-
-def check_rows(reading: Reading, store: StoreWrite, decoded: Decoded) -> None:
-    """Raises Refused unless the stored value is the whole stream, its axes the stream's batch, head
-    and token axes in the cache's order.
-    """
-    order = (0, 2, 1) if store.record.heads_first else (0, 1, 2)
-    value = seen_from(reading, decoded.slot, store.value)
-    if value is None or len(value.terms) != 1:
-        raise Refused("stored rows that are no view of the rotated ones")
-    (factor,) = value.terms[0].factors
-    shape = list(decoded.slot.shape)
-    walked = [_walked(index, size) for index, size in zip(factor.axes, shape, strict=True)]
-    if None in walked:
-        raise Refused(f"rows of shape {list(store.value.shape)} that are a part of {shape}")
-    rows = [*(decoded.rows[i] for i in order), len(shape) - 1]
-    whole = [() if j is None else walked[j] for j in rows]
-    stored = [() if (j := store.axis(i)) is None else value.dims[j] for i in range(4)]
-    if stored != whole:
-        names = {atoms: AXES[i] for atoms, i in zip(whole, (*order, 3), strict=True) if atoms}
-        found = [names.get(atoms, "others" if atoms else "1") for atoms in stored]
-        wanted = [AXES[i] for i in (*order, 3)]
-        raise Refused(
-            f"rows of axes {_kept(found, store)} where the cache has {_kept(wanted, store)}"
-        )
-
-
-def _kept(names: list[str], store: StoreWrite) -> str:
-    """Of names of four axes those that the cache has."""
-    return f"[{', '.join(name for i, name in enumerate(names) if i != store.missing)}]"
-
-
-def _walked(index: Index, size: Size) -> tuple[Atom, ...] | None:
-    """The atoms that walk an axis from its first to its last element, in order."""
-    reached: Size = 1
-    for atom, stride in reversed(index.strides):
-        if stride != reached:
-            return None
-        reached = reached * atom.size
-    is_whole = not any(index.offsets) and divide(size, reached) == 1
-    return tuple(a for a, _ in index.strides) if is_whole else None

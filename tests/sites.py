@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fxfuse import reference
-from fxfuse.patterns.record import Norm, Pair, Pass, Record, Rotation, Store, Stream
+from fxfuse.patterns.record import Cast, Layout, Norm, Pair, Pass, Record, Rotation, Store, Stream
+from fxfuse.reference_store import write_
 
 NORM = Norm("head", "before", has_weight=True)
 LAYER = Norm("head", "before", has_weight=True, kind="layer", has_bias=True)
@@ -47,6 +48,12 @@ def copied(d: int, **fields: Any) -> Stream:
     return Stream(d, None, None, (Pass(0, 0, d),), keep=False, **fields)
 
 
+def cached(heads_first: bool, negative: Any = "invalid") -> Store:
+    """transformers' static cache."""
+    layout = Layout("bh0d" if heads_first else "b0hd")
+    return Store(layout, layout, negative)
+
+
 def site(
     d: int,
     rope: Rope | None = None,
@@ -75,26 +82,26 @@ def with_dtype(record: Record, dtype: str) -> Record:
 
 # Together these take every branch of the kernel.
 SITES: dict[str, Record] = {
-    "qwen3": site(128, norm=NORM, store=Store(True), heads_first=True, k_keep=False),
-    "llama": site(64, store=Store(False, "wrap")),
-    "gptj, partial": site(48, neighbours(48, 32), norm=NORM, store=Store(True)),
+    "qwen3": site(128, norm=NORM, store=cached(True), heads_first=True, k_keep=False),
+    "llama": site(64, store=cached(False, "wrap")),
+    "gptj, partial": site(48, neighbours(48, 32), norm=NORM, store=cached(True)),
     "flux": site(128, neighbours(128, turn=-1), norm=NORM),
-    "middle": site(80, halves(80, 40, 20), norm=NORM, store=Store(True), v_channels=48),
+    "middle": site(80, halves(80, 40, 20), norm=NORM, store=cached(True), v_channels=48),
     "gemma": site(96, norm=Norm("head", "before", True, 1.0), scale=0.125, heads_first=True),
     "olmo2": site(32, norm=Norm("given", "before", True), has_scale=True),
     "after": site(40, norm=Norm("head", "after", True), has_scale=True, scale=2.0),
     "no weight": site(24, neighbours(24), norm=Norm("head", "before", False)),
-    "norm alone": site(56, unrotated(56), norm=NORM, store=Store(False), k_keep=False),
+    "norm alone": site(56, unrotated(56), norm=NORM, store=cached(False), k_keep=False),
     "q alone": site(64, norm=NORM, with_k=False),
-    "k stored alone": site(64, norm=NORM, store=Store(True, "wrap"), with_v=False),
-    "phi": site(32, norm=LAYER, store=Store(True), heads_first=True, k_keep=False),
+    "k stored alone": site(64, norm=NORM, store=cached(True, "wrap"), with_v=False),
+    "phi": site(32, norm=LAYER, store=cached(True), heads_first=True, k_keep=False),
     "layer, partial": site(48, halves(48, 20), norm=LAYER),
-    "chameleon": site(16, norm=dataclasses.replace(LAYER, when="after"), store=Store(False)),
+    "chameleon": site(16, norm=dataclasses.replace(LAYER, when="after"), store=cached(False)),
     "zaya": site(24, norm=Norm("head", "before", False, kind="l2"), has_scale=True, scale=0.5),
     "mla": Record(
-        stream(48, halves(48, 16, 32)), stream(16, keep=False), copied(40), Store(True, "wrap")
+        stream(48, halves(48, 16, 32)), stream(16, keep=False), copied(40), cached(True, "wrap")
     ),
-    "flat cache by position": site(128, store=Store(False, "wrap")),
+    "flat cache by position": site(128, store=cached(False, "wrap")),
     "neighbours by position": site(64, neighbours(64, 32), norm=NORM),
     "halves to neighbours": site(
         32,
@@ -104,6 +111,9 @@ SITES: dict[str, Record] = {
 PER_HEAD_WEIGHTS = ("olmo2", "after", "chameleon")
 # Rows of a longer table by position.
 LOOKED_UP = ("flat cache by position", "neighbours by position")
+
+
+STORED = ["slots", "offsets", "k_cache", "v_cache", "k_cache_scale", "v_cache_scale"]
 
 
 @dataclasses.dataclass
@@ -123,7 +133,7 @@ class Operands:
         names = ["q", "k", *(["v"] if self.stores else [])]
         names += ["q_weight", "k_weight", "q_bias", "k_bias"]
         names += ["q_scale", "k_scale", "cos", "sin", "positions"]
-        names += ["slots", "k_cache", "v_cache"] if self.stores else []
+        names += STORED if self.stores else []
         found = [self.tensors.get(name) for name in names]
         return (*found, *self.eps, self.record.to_text())
 
@@ -199,9 +209,11 @@ def operands(
     if record.store:
         order = torch.randperm(slots, generator=generator)[:tokens].to(device)
         wraps = record.store.negative == "wrap"
-        tensors["slots"] = torch.where(order % 2 == 0, order - slots, order) if wraps else order
+        order = torch.where(order % 2 == 0, order - slots, order) if wraps else order
+        tensors["slots"] = order[None]
         for x, width in (("k_cache", k_d), ("v_cache", v.channels if v else 0)):
-            first, second = (kv_heads, slots) if record.store.heads_first else (slots, kv_heads)
+            heads_first = record.store.k.axes == "bh0d"
+            first, second = (kv_heads, slots) if heads_first else (slots, kv_heads)
             tensors[x] = torch.full((batch, first, second, width), 77.0, dtype=dtype, device=device)
         tensors["v_cache"] = tensors["v_cache"] if v else None
     return Operands(record, tensors)
@@ -209,14 +221,17 @@ def operands(
 
 def untouched(case: Operands) -> bool:
     """Whether cache rows that no slot names still hold their canaries."""
-    store, slots = case.record.store, case.tensors["slots"]
-    assert store is not None and slots is not None
-    for cache in (case.tensors["k_cache"], case.tensors["v_cache"]):
-        if cache is None:
+    store, tensors = case.record.store, case.tensors
+    assert store is not None and tensors["slots"] is not None
+    at = (tensors["slots"], tensors.get("offsets"))
+    for name, layout in (("k_cache", store.k), ("v_cache", store.v)):
+        cache, rows = tensors[name], tensors[name[0]]
+        if cache is None or rows is None:
             continue
-        by_slot = cache.transpose(1, 2) if store.heads_first else cache
-        kept = torch.ones(by_slot.shape[1], dtype=torch.bool, device=cache.device)
-        kept[slots] = False
-        if not (by_slot[:, kept] == 77.0).all():
+        kept = torch.zeros(cache.shape, device=cache.device)
+        parts = [(0, 1, torch.ones(rows.shape, device=rows.device))]
+        layout = dataclasses.replace(layout, cast=Cast())
+        write_(kept, layout, store.negative, at, None, parts, rows.shape[-1])
+        if not (cache[kept == 0].float() == 77.0).all():
             return False
     return True

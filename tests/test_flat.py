@@ -141,7 +141,7 @@ def test_a_flat_cache_is_stored_to(kind: str, name: str, tokens: int, heads: int
     report = stored(write, lead, (*cache, heads, D), tokens, heads, SLOTS[:tokens])
     (fused,) = report.fused
     assert fused.stages == (ROPE, "store(k,v)") and not report.refused
-    assert not fused.record.store.heads_first and not fused.record.k.keep
+    assert fused.record.store.k.axes.endswith("0hd") and not fused.record.k.keep
 
 
 def put(cache: Tensor, slots: Tensor, rows: Tensor) -> None:
@@ -180,7 +180,7 @@ def test_setitem_drops_leading_axes_of_size_1(name: str, tokens: int, heads: int
     report = stored(write, lead, (*before, heads, *after, D), tokens, heads, slots)
     (fused,) = report.fused
     assert fused.stages == (ROPE, "store(k,v)") and not report.refused
-    assert fused.record.store.heads_first == bool(after)
+    assert fused.record.store.k.axes.endswith("h0d" if after else "0hd")
     assert fused.record.store.negative == "wrap"
 
 
@@ -201,11 +201,11 @@ MISSES: dict[str, tuple[Any, ...]] = {
     ),
     "one row for several slots, repeated": (
         (), 1, G, (S, G, D), ONE, lambda c, s, x: c.index_put_((s,), x.expand(3, -1, -1)),
-        "rows of axes [others, heads, channels] where the cache has [tokens, heads, channels]",
+        "slots along others of rows [others, heads, channels]",
     ),
     "one row of one head for several slots": (
         (), 1, 1, (S, 1, D), ONE, lambda c, s, x: c.index_copy_(0, s, x.expand(3, -1, -1)),
-        "rows of axes [others, 1, channels] where the cache has [tokens, heads, channels]",
+        "slots along others of rows [others, 1, channels]",
     ),
     "one row by setitem": (
         (), 1, G, (S, G, D), ONE, put,
@@ -217,21 +217,20 @@ MISSES: dict[str, tuple[Any, ...]] = {
     ),
     "another axis": (
         (), 5, G, (5, S, D), SLOTS[:2], lambda c, s, x: c.index_copy_(1, s, x),
-        "rows of axes [tokens, heads, channels] where the cache has [batch, tokens, channels]",
+        "slots along heads of rows [tokens, heads, channels]",
     ),
     "tokens in the place of heads": (
         (), 5, 5, (S, 5, D), SLOTS, lambda c, s, x: c.index_copy_(0, s, x.transpose(0, 1)),
-        "rows of axes [heads, tokens, channels] where the cache has [tokens, heads, channels]",
+        "slots along heads of rows [heads, tokens, channels]",
     ),
     "channels in the place of tokens": (
         (), D, G, (S + D, G, D), torch.arange(D),
         lambda c, s, x: c.index_copy_(0, s, x.transpose(0, 2)),
-        "rows of axes [channels, heads, tokens] where the cache has [tokens, heads, channels]",
+        "slots along channels of rows [channels, heads, tokens]",
     ),
     "the axis of channels": (
         (), 5, G, (5, G, 2 * D), torch.arange(D), lambda c, s, x: c.index_copy_(2, s, x),
-        "rows along axis 2 of a cache of shape [5, 2, 32], wanted axis 1 or 2 of four, "
-        "or 0 or 1 of three",
+        "slots along channels of rows [tokens, heads, channels]",
     ),
     "a table of slots": (
         (1,), 5, G, (S, G, D), SLOTS[None], put,
@@ -252,10 +251,6 @@ MISSES: dict[str, tuple[Any, ...]] = {
     "one of two batch rows": (
         (2,), 1, G, (S, G, D), SLOTS[:1], lambda c, s, x: c.index_copy_(0, s, x[1]),
         "rows of shape [1, 2, 16] that are a part of [2, 1, 2, 16]",
-    ),
-    "batch rows as tokens": (
-        (2,), 1, G, (S, G, D), SLOTS[:2], lambda c, s, x: c.index_copy_(0, s, x.flatten(0, 1)),
-        "rows of axes [batch, heads, channels] where the cache has [tokens, heads, channels]",
     ),
 }  # fmt: skip
 

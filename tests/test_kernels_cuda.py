@@ -112,7 +112,7 @@ def test_one_kernel_for_every_number_of_tokens(numbers):
         before = case.copy()
         for name in ("q", "k", "v", "cos", "sin"):
             torch._dynamo.mark_dynamic(case.tensors[name], 1)
-        torch._dynamo.mark_dynamic(case.tensors["slots"], 0)
+        torch._dynamo.mark_dynamic(case.tensors["slots"], 1)
         run = run or compiled(case, backend=counter)
         agree(case, run(list(case.arguments())), before)
     assert counter.frame_count == 1
@@ -124,11 +124,11 @@ def test_a_cache_beyond_two_to_the_31_elements():
     slots = 2**31 // (2 * 128) + 5
     case.tensors["k_cache"] = torch.zeros(1, 2, slots, 128, dtype=torch.bfloat16, device="cuda")
     case.tensors["v_cache"] = case.tensors["k_cache"].clone()
-    case.tensors["slots"] = torch.tensor([slots - 1, 3], device="cuda")
+    case.tensors["slots"] = torch.tensor([[slots - 1, 3]], device="cuda")
     compiled(case)(list(case.arguments()))
     small = operands("qwen3", batch=1, tokens=2, heads=4, kv_heads=2, dtype=torch.bfloat16,
                      device="cuda")  # fmt: skip
-    small.tensors["slots"] = torch.tensor([8, 3], device="cuda")
+    small.tensors["slots"] = torch.tensor([[8, 3]], device="cuda")
     compiled(small)(list(small.arguments()))
     for cache in ("k_cache", "v_cache"):
         large, little = case.tensors[cache], small.tensors[cache]

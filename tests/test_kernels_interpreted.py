@@ -63,7 +63,7 @@ def main() -> None:
     check(operands("qwen3", batch=1, tokens=67, heads=40, slots=80))
     # A slot outside the cache is never written.
     case = operands("qwen3", tokens=2, slots=4)
-    case.tensors["slots"] = torch.tensor([4, -1])
+    case.tensors["slots"] = torch.tensor([[4, -1]])
     launched(case)
     assert all((case.tensors[c] == 77.0).all() for c in ("k_cache", "v_cache"))
     print("done")

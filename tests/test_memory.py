@@ -50,7 +50,7 @@ def test_k_and_v_are_stored_by_the_site(finish: Finish) -> None:
     report = check(finish)
     assert stages(report) == ["store(k,v)"]
     record = report.fused[0].record
-    assert record.store is not None and record.store.heads_first
+    assert record.store is not None and record.store.k.axes == "bh0d"
     assert record.k is not None and not record.k.keep, "attention reads the cache"
 
 
@@ -70,7 +70,7 @@ def test_a_cache_with_tokens_before_heads() -> None:
         finish, lambda: [torch.full((B, S, G, D), 3.0), torch.full((B, S, G, D), 4.0), SLOTS]
     )
     assert stages(report) == ["store(k,v)"]
-    assert not report.fused[0].record.store.heads_first
+    assert report.fused[0].record.store.k.axes == "b0hd"
 
 
 def by_slices(q: Tensor, k: Tensor, v: Tensor, ks: Tensor, vs: Tensor, slots: Tensor) -> Any:

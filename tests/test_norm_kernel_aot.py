@@ -17,6 +17,7 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from fxfuse import add_norm  # noqa: E402
 from fxfuse.lowering import launch, norm_kernels, norm_launch  # noqa: E402
+from fxfuse.lowering.operand import Operand  # noqa: E402
 from tests.test_kernels_aot import TARGETS  # noqa: E402
 
 pytestmark = pytest.mark.aot
@@ -30,7 +31,7 @@ def planned(name: str) -> launch.Launch:
     addends = [t for n, t in tensors.items() if n != "weight"]
     total, out = add_norm.empty_results(addends, case.record)
     tensors |= {"out": out} | ({"sum": total} if case.record.keep_sum else {})
-    facts = {n: launch.Operand(t, tuple(t.shape), t.stride()) for n, t in tensors.items()}
+    facts = {n: Operand(t, tuple(t.shape), t.stride()) for n, t in tensors.items()}
     rows = addends[0].numel() // case.record.channels
     return norm_launch.plan(case.record, facts, case.dtypes, EPS, rows)
 

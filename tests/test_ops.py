@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 import fxfuse.ops
-from fxfuse.patterns.record import Norm, Pair, Pass, Record, Rotation, Store, Stream
+from fxfuse.patterns.record import Norm, Pair, Pass, Record, Rotation, Stream
+from tests.sites import cached
 
 pytestmark = pytest.mark.null
 
@@ -206,7 +207,7 @@ def test_store_writes_the_slots_alone(cache_heads_first, slots):
         stream(dtype="float64"),
         stream(norm=NORM, dtype="float64", keep=False),
         copied(8, dtype="float64"),
-        Store(cache_heads_first, "wrap"),
+        cached(cache_heads_first, "wrap"),
     )
     q, k, v, w = draw(B, T, H, D), draw(B, T, G, D), draw(B, T, G, 8), draw(D)
     cos, sin = angles(D)
@@ -214,8 +215,8 @@ def test_store_writes_the_slots_alone(cache_heads_first, slots):
     if not cache_heads_first:
         caches = [c.transpose(1, 2).contiguous() for c in caches]
     q_out, k_out = fxfuse.ops.norm_rope_store_(
-        q, k, v, None, w, None, None, None, None, cos, sin, None, torch.tensor(slots),
-        *caches, 0.0, 1e-5, record.to_text(),
+        q, k, v, None, w, None, None, None, None, cos, sin, None, torch.tensor([slots]), None,
+        *caches, None, None, 0.0, 1e-5, record.to_text(),
     )  # fmt: skip
     assert k_out.shape == (0,)
     normed = rms(k, w, 1e-5)
@@ -367,7 +368,7 @@ def test_opcheck_norm_rope(name):
 def test_opcheck_norm_rope_store(with_v):
     norm = Norm("head", "before", has_weight=True, kind="layer", has_bias=True)
     one = stream(norm=norm, dtype="float32", heads_first=True)
-    record = Record(one, one, copied(8) if with_v else None, Store(True))
+    record = Record(one, one, copied(8) if with_v else None, cached(True))
     q, k, v, w = (
         draw(*s, dtype=torch.float32) for s in ((B, T, H, D), (B, T, G, D), (B, T, G, 8), (D,))
     )
@@ -376,13 +377,14 @@ def test_opcheck_norm_rope_store(with_v):
     torch.library.opcheck(
         torch.ops.fxfuse.norm_rope_store_.default,
         (
-            q, k, v if with_v else None, w, w, w, w, None, None, cos, sin, None, torch.arange(T),
-            caches[0], caches[1] if with_v else None, 1e-6, 1e-6, record.to_text(),
+            q, k, v if with_v else None, w, w, w, w, None, None, cos, sin, None,
+            torch.arange(T)[None], None, caches[0], caches[1] if with_v else None, None, None,
+            1e-6, 1e-6, record.to_text(),
         ),
     )  # fmt: skip
 
 
 def test_records_read_back_as_written():
     one = stream(norm=Norm("head", "after", True, 1.0), has_scale=True, scale=0.5)
-    record = Record(one, one, copied(8), Store(True, "wrap"))
+    record = Record(one, one, copied(8), cached(True, "wrap"))
     assert Record.from_text(record.to_text()) == record

@@ -379,7 +379,7 @@ def squashed(cache: Tensor, slots: Tensor, v: Tensor) -> None:
 @pytest.mark.parametrize(
     ("write", "reason"),
     [
-        (by_index_put, "negative='wrap') where k is stored as Store(heads_first=True, negative='i"),
+        (by_index_put, "slots below 0 are wrap where those of k are invalid"),
         (squashed, "stored rows that are no view of a tensor"),
     ],
 )

@@ -20,7 +20,7 @@ from fxfuse.bench import timing
 from fxfuse.bench.shapes import DIFFUSION, PRELUDES, ROPE_STORE, Shape
 from fxfuse.lowering import launch
 from fxfuse.lowering.tiles import Tile
-from fxfuse.patterns.record import Norm, Pair, Pass, Record, Rotation, Store, Stream
+from fxfuse.patterns.record import Layout, Norm, Pair, Pass, Record, Rotation, Store, Stream
 
 SHAPES = (*PRELUDES, DIFFUSION[0], ROPE_STORE[1])
 TOKENS = (1, 16, 64, 256, 4096, 16384)
@@ -43,7 +43,7 @@ def record_of(shape: Shape) -> Record:
     v = Stream(d, None, None, (Pass(0, 0, d),), dtype="bfloat16", keep=False)
     if not stores:
         return Record(q, q)
-    return Record(q, dataclasses.replace(q, keep=False), v, Store(heads_first=True))
+    return Record(q, dataclasses.replace(q, keep=False), v, Store(Layout("bh0d"), Layout("bh0d")))
 
 
 def operands(shape: Shape, record: Record, tokens: int) -> dict[str, Tensor | None]:
@@ -63,7 +63,7 @@ def operands(shape: Shape, record: Record, tokens: int) -> dict[str, Tensor | No
         found[name] = torch.full(sizes, torch.nan, dtype=torch.bfloat16, device="cuda")
     if record.store:
         found |= {name: draw(1, g, max(tokens, 1024), d) for name in ("k_cache", "v_cache")}
-        found |= {"v": draw(1, tokens, g, d), "slots": torch.arange(tokens, device="cuda")}
+        found |= {"v": draw(1, tokens, g, d), "slots": torch.arange(tokens, device="cuda")[None]}
     return found
 
 

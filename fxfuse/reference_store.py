@@ -1,0 +1,150 @@
+"""The store of the reference: rows cast to a cache's numbers and put where its layout says."""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from fxfuse.patterns.record import Cast, Layout, Stream
+
+aten = torch.ops.aten
+
+# start, step and values of some of a row's channels: row[..., start + step * i] = values[..., i].
+Part = tuple[int, int, Tensor]
+
+
+def write_(
+    cache: Tensor,
+    layout: Layout,
+    negative: str,
+    at: tuple[Tensor, Tensor | None],
+    scale: Tensor | None,
+    parts: list[Part],
+    channels: int,
+) -> None:
+    """cache[..., indices, ...] = cast(rows).
+
+    Shapes: cache as the layout's axes; at [B | 1, T]; scale [B | 1, T | 1, G | 1]; parts of rows
+        [B, T, G, channels].
+    Mutates: cache, in place. An index below 0 counts from its axis' end, as index_put_ has it; a
+        row whose first index is below 0 is left out where negative is "skip".
+    """
+    axes = layout.axes
+    indices = [index_of(at[operand], by, of) for operand, by, of in layout.index]
+    parts = [(start, step, cast_rows(x, layout.cast, scale, cache)) for start, step, x in parts]
+    if "e" in axes:
+        rows = [x for _, _, x in sorted(parts, key=lambda p: p[0])]
+        if len(rows) > 1:
+            parts = [(0, 1, joined(parts, channels))]
+        inner = cache.shape[axes.index("e")]
+        whole = parts[0][2]
+        parts = [(0, 1, whole.view(*whole.shape[:-1], -1, inner))]
+    for start, step, rows_ in parts:
+        where = cache if "e" in axes else _channels(cache, axes, start, step, rows_.shape[-1])
+        _put(where, axes, indices, rows_, negative)
+
+
+def joined(parts: list[Part], channels: int) -> Tensor:
+    """Rows of parts that tile their channels."""
+    one = parts[0][2]
+    y = one.new_zeros((*one.shape[:-1], channels))
+    for start, step, part in parts:
+        end = start + step * (part.shape[-1] - 1) + 1
+        y = torch.slice_scatter(y, part, -1, start, end, step)
+    return y
+
+
+def index_of(x: Tensor | None, divisor: int, modulus: int) -> Tensor:
+    """x // divisor % modulus, both as Python has them."""
+    assert x is not None
+    x = x.long()
+    x = x if divisor == 1 else torch.div(x, divisor, rounding_mode="floor")
+    return x % modulus if modulus else x
+
+
+def unrounded(stream: Stream, layout: Layout) -> Stream:
+    """The stream whose rows a cast rounds: float32 where the cache has another format."""
+    if not layout.cast.dtype or stream.dtype == "float64":
+        return stream
+    return dataclasses.replace(stream, dtype="float32")
+
+
+def cast_rows(x: Tensor, cast: Cast, scale: Tensor | None, cache: Tensor) -> Tensor:
+    """Rows as the cache's numbers, rounded once."""
+    if not cast.dtype:
+        return x.to(cache.dtype)
+    if cast.scale and scale is not None:
+        by = scale.to(x.dtype).unsqueeze(-1)
+        x = x / by if cast.scale == "divide" else x * by
+    x = x * cast.factor if cast.factor != 1.0 else x
+    x = x.clamp(-cast.limit, cast.limit) if cast.limit else x
+    if cache.dtype.is_floating_point and cache.dtype.itemsize > 1:
+        return x.to(cache.dtype)  # a wider cache shows what is rounded: the truth of tests
+    x = x.to(getattr(torch, cast.dtype))
+    return x.view(torch.uint8) if cache.dtype == torch.uint8 else x
+
+
+def _channels(cache: Tensor, axes: str, start: int, step: int, length: int) -> Tensor:
+    """Some of a cache's channels, as a view."""
+    index = [slice(None)] * len(axes)
+    index[axes.index("d")] = slice(start, start + step * (length - 1) + 1, step)
+    return cache[tuple(index)]
+
+
+def _put(where: Tensor, axes: str, indices: list[Tensor], rows: Tensor, negative: str) -> None:
+    """index_put_ of rows [B, T, G, D(, E)] along the indexed axes."""
+    if negative == "skip":
+        indices, rows = _without_skipped(where, axes, indices, rows)
+    dims = [i for i, x in enumerate(axes) if x.isdigit()]
+    free = [x for x in axes if not x.isdigit()]
+    neighbours = dims[-1] - dims[0] < len(dims)
+    before = dims[0] if neighbours else 0
+    one_row = "b" in axes
+    walked = ["t"] if one_row else ["b", "t"]
+    places: list[Tensor | None] = [None] * len(axes)
+    for dim in dims:
+        index = indices[int(axes[dim])]
+        places[dim] = index[0] if one_row else index
+    order = [*free[:before], *walked, *free[before:]]
+    aten.index_put_(where, places, _ordered(rows, order))
+
+
+def _ordered(rows: Tensor, order: list[str]) -> Tensor:
+    """Rows [B, T, G, D(, E)] with the axes of `order`, "_" one of size 1."""
+    named = [x for x in order if x != "_"]
+    for letter in "hb":
+        if letter not in named:
+            rows = rows.squeeze("bth".index(letter))
+    given = [x for x in "bthde" if x in named]
+    rows = rows.permute([given.index(x) for x in named])
+    for place, letter in enumerate(order):
+        rows = rows.unsqueeze(place) if letter == "_" else rows
+    return rows
+
+
+def _without_skipped(
+    where: Tensor, axes: str, indices: list[Tensor], rows: Tensor
+) -> tuple[list[Tensor], Tensor]:
+    """Rows that are skipped written as the first one that is not, once more; where all are, what
+    the cache holds in its first slot.
+    """
+    kept = (indices[0] >= 0).flatten()
+    tokens = torch.arange(kept.shape[0], device=kept.device)
+    source = torch.where(kept, tokens, kept.int().argmax())
+    indices = [(i.flatten()[source] * kept.any()).unsqueeze(0) for i in indices]
+    flat = rows.flatten(0, 1)[source]
+    present = _first_row(where, axes).to(flat.dtype)
+    if flat.dtype.itemsize == 1:
+        bits = torch.where(kept.any(), flat.view(torch.uint8), present.view(torch.uint8))
+        return indices, bits.view(flat.dtype).unsqueeze(0)
+    return indices, torch.where(kept.any(), flat, present).unsqueeze(0)
+
+
+def _first_row(where: Tensor, axes: str) -> Tensor:
+    """What the first slot holds, as [G, D(, E)]."""
+    for dim in reversed(range(len(axes))):
+        if axes[dim].isdigit() or axes[dim] == "_":
+            where = where.select(dim, 0)
+    named = [x for x in axes if not x.isdigit() and x != "_"]
+    where = where.permute([named.index(x) for x in "hde" if x in named])
+    return where if "h" in named else where.unsqueeze(0)

@@ -1,0 +1,262 @@
+"""Placing: which axis of a cache is its batch, its heads, its slots' or its channels'.
+
+In come a cache write and the stream it stores, out comes the `Layout` of the record, the slots as
+the op takes them, and for v the stream itself: the stored rows as they are. Axes are told apart by
+what walks them, never by their size.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TypeAlias
+
+from fxfuse.patterns.access import CHANNELS, Refused, placed_access
+from fxfuse.patterns.atoms import divide
+from fxfuse.patterns.cut import seen_from
+from fxfuse.patterns.read import Reading
+from fxfuse.patterns.record import Layout, Pass, Stream
+from fxfuse.patterns.site import Access, Decoded, Step, StoreWrite
+from fxfuse.patterns.value import Atom, Index, Kind, Leaf, Size, Value
+from fxfuse.slots import Slot
+
+Atoms: TypeAlias = tuple[Atom, ...]
+Sizes: TypeAlias = tuple[Size, Size]  # batch rows and tokens
+NAMES = {"b": "batch", "t": "tokens", "h": "heads", "d": CHANNELS}
+
+
+@dataclasses.dataclass(frozen=True)
+class Placed:
+    """A cache's layout; `flat` where its slots walk batch rows and tokens as one axis."""
+
+    layout: Layout
+    flat: bool
+
+
+def placed(reading: Reading, store: StoreWrite, decoded: Decoded, roots: Sequence[Slot]) -> Placed:
+    """Where the cache has the rows of a stream. Raises Refused unless the stored value is the whole
+    stream, once.
+    """
+    value = seen_from(reading, decoded.slot, store.value, store.through)
+    if value is None or len(value.terms) != 1:
+        raise Refused("stored rows that are no view of the rotated ones")
+    (factor,) = value.terms[0].factors
+    shape = list(decoded.slot.shape)
+    walked = [_walked(index, size) for index, size in zip(factor.axes, shape, strict=True)]
+    rows = dict(zip("bthd", (*decoded.rows, len(shape) - 1), strict=True))
+    whole: dict[str, Atoms] = {}
+    for letter, axis in rows.items():
+        atoms = () if axis is None else walked[axis]
+        if atoms is None:
+            raise Refused(f"rows of shape {list(store.value.shape)} that are a part of {shape}")
+        whole[letter] = atoms
+    return _placed(store, value, whole, roots)
+
+
+def _placed(
+    store: StoreWrite, value: Value, whole: dict[str, Atoms], roots: Sequence[Slot]
+) -> Placed:
+    tokens = _atoms(value, store.tokens)
+    flat = bool(whole["b"]) and tokens == whole["b"] + whole["t"]
+    if tokens != whole["t"] and not flat:
+        raise Refused(f"slots along {_name(tokens, whole)} of rows {_names(value, whole)}")
+    left = dict(whole)
+    del left["t"]
+    if flat:
+        left["b"] = ()
+    letters = []
+    for axis, place in enumerate(store.places):
+        if axis in store.indexed:
+            letters.append(str(place))
+            continue
+        letters.append(_letter(_atoms(value, place), left))
+    if any(left.values()):
+        wanted = [NAMES[x] for x, atoms in left.items() if atoms]
+        raise Refused(f"rows {_names(value, whole)} in a cache without an axis for {wanted[0]}")
+    return Placed(Layout(_named(letters), _index(store, roots), store.cast), flat)
+
+
+def _named(letters: list[str]) -> str:
+    """The axes; those of size 1 are the heads or the batch that nothing else is."""
+    missing = [x for x in "bh" if x not in letters]
+    for i in reversed(range(len(letters))):
+        if letters[i] == "_" and missing:
+            letters[i] = missing.pop()
+    return "".join(letters)
+
+
+def _letter(atoms: Atoms, left: dict[str, Atoms]) -> str:
+    """The letter of a cache's axis that some atoms walk; what it takes is no longer `left`."""
+    if not atoms:
+        return "_"
+    for letter in "bh":
+        if left.get(letter) == atoms:
+            left[letter] = ()
+            return letter
+    channels = left["d"]
+    if channels[: len(atoms)] == atoms:
+        # The outer part first, the inner one after it, wherever they stand.
+        inner = "e" in left
+        left["d"] = channels[len(atoms) :]
+        if inner and left["d"]:
+            raise Refused("channels along more than two axes of a cache")
+        left["e"] = ()
+        return "e" if inner else "d"
+    raise Refused("a cache whose axes are no axes of its rows")
+
+
+def _index(store: StoreWrite, roots: Sequence[Slot]) -> tuple[tuple[int, int, int], ...]:
+    return tuple((roots.index(i.slots), i.divisor, i.modulus) for i in store.indices)
+
+
+def stored_copy(
+    reading: Reading, store: StoreWrite, k: Placed, roots: Sequence[Slot], sizes: Sizes
+) -> tuple[Decoded, Layout] | None:
+    """v as a stream, and its cache's layout: the stored rows as they are, if they are a plain view
+    of one tensor of the graph. Their axes are those of k's rows, in the same order.
+    """
+    source = _source(store)
+    value = seen_from(reading, source, store.value, store.through)
+    plain = reading.values[source]
+    if value is None or len(value.terms) != 1 or len(value.terms[0].factors) != 1:
+        return None
+    if len(plain.terms) != 1 or len(plain.terms[0].factors) != 1:
+        return None
+    if set(plain.terms[0].coefficients) != {1.0} or set(value.terms[0].coefficients) != {1.0}:
+        return None
+    letters = _like(k.layout, store)
+    if letters is None:
+        return None
+    (factor,) = value.terms[0].factors
+    groups = {x: _atoms(value, store.places[i]) for i, x in enumerate(letters) if x in "bhde"}
+    rows = [groups.get("b", ()), _atoms(value, store.tokens), groups.get("h", ())]
+    channels = groups["d"] + groups.get("e", ())
+    size = 1
+    for atom in channels:
+        size *= atom.size
+    if not isinstance(size, int):
+        return None
+    steps = placed_access(factor, [*rows, channels])
+    if k.flat:
+        steps = (*steps, ("squeeze", 0), _unflattened(sizes))
+    leaf = Leaf(
+        -1,
+        source.shape,
+        source.dtype,
+        reading.kinds[source],
+        source,
+        reading.versions_at(store.call, source.storage),
+    )
+    stream = Stream(
+        channels=size,
+        norm=None,
+        rotation=None,
+        passes=(Pass(0, 0, size),),
+        dtype=str(source.dtype).removeprefix("torch."),
+        keep=False,
+    )
+    copy = Decoded(source, value, stream, (None, None, None), Access(leaf, steps))
+    return copy, Layout(letters, _index(store, roots), store.cast)
+
+
+def _source(store: StoreWrite) -> Slot:
+    """The tensor that the stored rows are cast from; views after it are the rows'."""
+    slot = store.value
+    left = set(store.through)
+    while left and slot.call is not None:
+        left.discard(slot.call)
+        slot = store.through.get(slot.call, slot.call.inputs()[0])
+    return slot
+
+
+def _like(k: Layout, store: StoreWrite) -> str | None:
+    """The letters of v's cache: those of k's axes, without the split where v has none."""
+    rows = [x for x in k.axes if x in "bhde_"]
+    free = len(store.places) - len(store.indexed)
+    if len(rows) == free + 1 and "e" in rows:
+        rows.remove("e")
+    if len(rows) != free:
+        return None
+    letters = iter(rows)
+    return "".join(
+        str(place) if axis in store.indexed else next(letters)
+        for axis, place in enumerate(store.places)
+    )
+
+
+def _unflattened(sizes: Sizes) -> Step:
+    """Rows by batch row and token; either of their sizes may be symbolic."""
+    batch, tokens = sizes
+    if isinstance(tokens, int):
+        return ("unflatten", 0, (-1, tokens))
+    if isinstance(batch, int):
+        return ("unflatten", 0, (batch, -1))
+    raise Refused("slots of as many batch rows and tokens as only the run knows")
+
+
+def slots_access(
+    reading: Reading, stores: Sequence[StoreWrite], root: Slot, flat: bool, sizes: Sizes
+) -> Access:
+    """What indices are made of, as [B | 1, T]. Raises Refused where it is written in between."""
+    readers = [i.reader for store in stores for i in store.indices if i.slots is root]
+    versions = {reading.versions_at(reader, root.storage) for reader in readers}
+    if len(versions) > 1:
+        raise Refused("slots that are written between two uses")
+    leaf = Leaf(-1, root.shape, root.dtype, Kind.DATA, root, versions.pop())
+    return Access(leaf, (_unflattened(sizes) if flat else ("unsqueeze", 0),))
+
+
+def scale_access(reading: Reading, store: StoreWrite, axes: str, flat: bool) -> Access | None:
+    """A cache's scale tensor as [1, T | 1, G | 1] or one number. Raises Refused for others."""
+    if store.scale is None:
+        return None
+    by, call = store.scale
+    leaf = Leaf(-1, by.shape, by.dtype, Kind.DATA, by, reading.versions_at(call, by.storage))
+    rank = len(by.shape)
+    if all(size == 1 for size in by.shape):
+        steps: tuple[Step, ...] = (("reshape", (1, 1, 1)),)
+        return Access(leaf, steps)
+    # The scaled tensor has the value's axes where nothing regrouped them in between.
+    scaled = store.through[call]
+    lead = len(scaled.shape) - rank
+    if scaled.shape != store.value.shape or flat:
+        raise Refused("a scale by row of rows that are regrouped before they are stored")
+    names: list[str] = ["?"] * len(scaled.shape)
+    for letter, place in zip(axes, store.places, strict=True):
+        if letter in "bhde_" and place is not None:
+            names[place] = letter
+    if store.tokens is not None:
+        names[store.tokens] = "t"
+    walked = {names[lead + i]: i for i, size in enumerate(by.shape) if size != 1}
+    if not set(walked) <= set("bth"):
+        raise Refused("a scale that differs by channel")
+    order = [walked[x] for x in "bth" if x in walked]
+    others = [i for i in range(rank) if i not in order]
+    made: list[Step] = (
+        [("permute", (*others, *order))] if others + order != list(range(rank)) else []
+    )
+    made += [("select", 0, 0)] * len(others)
+    made += [("unsqueeze", i) for i, x in enumerate("bth") if x not in walked]
+    return Access(leaf, tuple(made))
+
+
+def _atoms(value: Value, axis: int | None) -> Atoms:
+    return () if axis is None else value.dims[axis]
+
+
+def _name(atoms: Atoms, whole: dict[str, Atoms]) -> str:
+    names = {whole[x]: NAMES[x] for x in reversed("bthd") if whole[x]}
+    return names.get(atoms, "others" if atoms else "1")
+
+
+def _names(value: Value, whole: dict[str, Atoms]) -> str:
+    return f"[{', '.join(_name(atoms, whole) for atoms in value.dims)}]"
+
+
+def _walked(index: Index, size: Size) -> Atoms | None:
+    """The atoms that walk an axis from its first to its last element, in order."""
+    reached: Size = 1
+    for atom, stride in reversed(index.strides):
+        if stride != reached:
+            return None
+        reached = reached * atom.size
+    is_whole = not any(index.offsets) and divide(size, reached) == 1
+    return tuple(a for a, _ in index.strides) if is_whole else None

@@ -1,0 +1,141 @@
+"""Storing: which cache writes join the site of which streams, and what the op needs for it."""
+
+import dataclasses
+from collections.abc import Iterable
+
+from fxfuse.patterns.access import Refused
+from fxfuse.patterns.casts import cast_of
+from fxfuse.patterns.placing import Placed, placed, scale_access, slots_access, stored_copy
+from fxfuse.patterns.read import Reading
+from fxfuse.patterns.record import Layout, Store
+from fxfuse.patterns.site import Access, Decoded, StoreWrite
+from fxfuse.slots import Call, Slot
+
+# Of how many tensors the indices of a site may be made.
+MAX_ROOTS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """What a site's stores add to it: the record, v as a stream, and operands."""
+
+    record: Store
+    v: Decoded | None
+    slots: tuple[Access, ...]
+    scales: tuple[Access | None, Access | None]
+
+    def accesses(self) -> list[Access]:
+        return [*self.slots, *(a for a in self.scales if a is not None)]
+
+
+class Stores:
+    """The cache writes of a graph by the streams they store, and why others are none."""
+
+    def __init__(
+        self,
+        reading: Reading,
+        found: list[StoreWrite],
+        refused: dict[Call, str],
+        streams: Iterable[Decoded],
+    ) -> None:
+        self.reading = reading
+        self.ends = {d.slot for d in streams}
+        self.reasons: dict[Call, str] = {}
+        self.refused = dict(refused)
+        self.writes: list[StoreWrite] = []
+        self.stored_from: dict[Slot, list[StoreWrite]] = {}
+        for write in found:
+            try:
+                store = cast_of(reading, write, self.ends)
+            except Refused as reason:
+                self.refused[write.call] = str(reason)
+                continue
+            self.writes.append(store)
+            self.stored_from.setdefault(self._origin(store), []).append(store)
+
+    def _origin(self, store: StoreWrite) -> Slot:
+        slot = store.value
+        while slot not in self.ends and slot.call is not None:
+            call = slot.call
+            if call not in store.through and self.reading.relations.get(call) != "view":
+                break
+            slot = store.through.get(call) or call.inputs()[0]
+        return slot
+
+    def of(self, decoded: Decoded) -> StoreWrite | None:
+        """The cache write of a stream's result, seen through views."""
+        for store in self.stored_from.get(decoded.slot, ()):
+            try:
+                self._placed(store, decoded)
+            except Refused as reason:
+                self.reasons[store.call] = str(reason)
+                continue
+            return store
+        return None
+
+    def _placed(self, store: StoreWrite, decoded: Decoded) -> Placed:
+        return placed(self.reading, store, decoded, store.roots)
+
+    def partner(
+        self, k: Decoded, k_store: StoreWrite, free: Iterable[StoreWrite]
+    ) -> StoreWrite | None:
+        """v's store: the nearest one at the same slots, into other memory, of a value that is a
+        view of a projection.
+        """
+        for store in free:
+            if store.negative != k_store.negative:
+                reason = f"slots below 0 are {store.negative} where those of k are "
+                reason += k_store.negative
+            elif (stored := self._copy(k, k_store, store)) is None:
+                reason = "stored rows that are no view of a tensor of the graph"
+            elif isinstance(stored, str):
+                reason = stored
+            else:
+                return store
+            self.reasons.setdefault(store.call, reason)
+        return None
+
+    def _copy(
+        self, k: Decoded, k_store: StoreWrite, v_store: StoreWrite
+    ) -> tuple[Decoded, Layout] | str | None:
+        try:
+            where = self._placed(k_store, k)
+            return stored_copy(self.reading, v_store, where, k_store.roots, _sizes(k))
+        except Refused as reason:
+            return str(reason)
+
+    def beside(self, k_store: StoreWrite, taken: Iterable[StoreWrite]) -> list[StoreWrite]:
+        """The free stores at the slots of k's, into other memory, the nearest first."""
+        at, taken = self.reading.positions, {k_store, *taken}
+        free = [s for s in self.writes if s not in taken and {*s.roots} == {*k_store.roots}]
+        free = [s for s in free if s.cache.storage != k_store.cache.storage]
+        return sorted(free, key=lambda s: abs(at[s.call] - at[k_store.call]))
+
+    def joined(self, k: Decoded, k_store: StoreWrite, v_store: StoreWrite | None) -> Stored:
+        """What the stores of k (and v) add to a site. Raises Refused."""
+        own = [s for s in (k_store, v_store) if s is not None]
+        for store in self.writes:
+            if store not in own and any(store.call is s.call for s in own):
+                raise Refused(f"{store.call.op} stores k and v, of which one cannot join")
+        roots, sizes = k_store.roots, _sizes(k)
+        if len(roots) > MAX_ROOTS:
+            raise Refused(f"indices made of {len(roots)} tensors, at most {MAX_ROOTS} are read")
+        where = self._placed(k_store, k)
+        v, layout = None, where.layout
+        if v_store is not None:
+            copy = stored_copy(self.reading, v_store, where, roots, sizes)
+            assert copy is not None
+            v, layout = copy
+        slots = tuple(slots_access(self.reading, own, root, where.flat, sizes) for root in roots)
+        scales = [
+            scale_access(self.reading, store, letters.axes, where.flat) if store else None
+            for store, letters in ((k_store, where.layout), (v_store, layout))
+        ]
+        record = Store(where.layout, layout, k_store.negative)
+        return Stored(record, v, slots, (scales[0], scales[1]))
+
+
+def _sizes(decoded: Decoded) -> tuple[object, object]:
+    """Batch rows and tokens."""
+    b, t = (1 if r is None else decoded.slot.shape[r] for r in decoded.rows[:2])
+    return b, t
