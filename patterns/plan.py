@@ -63,11 +63,9 @@ class _Planner:
         self.may_store = store and not training
         self.plan = Plan([], [], frontier.disproved)
         self.stores = Stores(reading, found, no_stores, self.streams)
-        views: dict[fx.Node, bool] = {}
+        self.calls_of: dict[fx.Node, list[Call]] = {}
         for call in reading.view.calls:
-            is_view = reading.relations.get(call) == "view"
-            views[call.node] = views.get(call.node, True) and is_view
-        self.view_nodes = {node for node, is_view in views.items() if is_view}
+            self.calls_of.setdefault(call.node, []).append(call)
 
     def run(self) -> Plan:
         self.streams.sort(key=lambda d: self.memory.index[self.uses.holder[d.slot]])
@@ -239,7 +237,7 @@ class _Planner:
         for call in self.uses.consumers.get(slot, []):
             if call in self.absorbed:
                 continue
-            if call.node not in self.view_nodes and call not in through:
+            if not self._hands_on(call.node, through):
                 consumers.append(call.node)
                 continue
             views.append(call.node)
@@ -248,6 +246,11 @@ class _Planner:
                 consumers += more
                 views += seen
         return consumers, views
+
+    def _hands_on(self, node: fx.Node, through: Container[Call]) -> bool:
+        """Whether a node is nothing but views, the calls of `through` among them."""
+        view = self.reading.relations
+        return all(view.get(c) == "view" or c in through for c in self.calls_of[node])
 
     def _position(
         self, operands: list[Access], results: Iterable[Decoded], stores: list[StoreWrite]
@@ -304,7 +307,8 @@ class _Planner:
 
     def _report_writes(self, decoded: Decoded) -> None:
         """Why the cache writes of a fused result stay the model's."""
-        for call in self._final_consumers(decoded.slot):
+        uncast = self.stores.uncast.get(decoded.slot, ())
+        for call in [*self._final_consumers(decoded.slot), *uncast]:
             reason = self.stores.reasons.get(call) or self.stores.refused.get(call)
             if call.op == aten.cat.default:
                 reason = "a cache that grows by cat is made anew, not written to"

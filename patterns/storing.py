@@ -43,15 +43,23 @@ class Stores:
         self.reasons: dict[Call, str] = {}
         self.refused = dict(refused)
         self.writes: list[StoreWrite] = []
+        self.uncast: dict[Slot, list[Call]] = {}
         self.stored_from: dict[Slot, list[StoreWrite]] = {}
         for write in found:
             try:
                 store = cast_of(reading, write, self.ends)
             except Refused as reason:
                 self.refused[write.call] = str(reason)
+                self.uncast.setdefault(self._first_input(write.value), []).append(write.call)
                 continue
             self.writes.append(store)
             self.stored_from.setdefault(self._origin(store), []).append(store)
+
+    def _first_input(self, slot: Slot) -> Slot:
+        """The stream's end that a value is computed from, whatever stands between."""
+        while slot not in self.ends and slot.call is not None and slot.call.inputs():
+            slot = slot.call.inputs()[0]
+        return slot
 
     def _origin(self, store: StoreWrite) -> Slot:
         slot = store.value

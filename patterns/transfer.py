@@ -102,5 +102,7 @@ def is_exact_cast(old: torch.dtype, new: torch.dtype) -> bool:
     """Every number of `old` is one of `new`, and both are of one sort."""
     if old == new:
         return True
+    if 1 in (old.itemsize, new.itemsize):
+        return False  # 8-bit formats promote to nothing
     same_sort = old.is_floating_point == new.is_floating_point and old.is_complex == new.is_complex
     return same_sort and torch.promote_types(old, new) == new
