@@ -12,6 +12,7 @@ from fxfuse import reference
 from fxfuse.patterns.record import Cast, Layout, Norm, Pair, Pass, Record, Rotation, Store, Stream
 from fxfuse.reference_store import write_
 
+CACHES_OWN = Cast()
 NORM = Norm("head", "before", has_weight=True)
 LAYER = Norm("head", "before", has_weight=True, kind="layer", has_bias=True)
 Rope = tuple[Rotation | None, tuple[Pass, ...]]
@@ -80,6 +81,25 @@ def with_dtype(record: Record, dtype: str) -> Record:
     return dataclasses.replace(record, q=q, k=changed(record.k), v=changed(record.v))
 
 
+def paged(
+    k: str, v: str, page: int = 4, split: int = 2, negative: Any = "wrap", cast: Cast = CACHES_OWN,
+    given: bool = False,
+) -> Store:  # fmt: skip
+    """Caches of pages, with axes that hold `split` of a page's tokens or of a row's channels."""
+
+    def layout(axes: str) -> Layout:
+        inner = split if "2" in axes else 1
+        offset = 1 if given else 0
+        index = [(0, 1 if given else page, 0), (offset, inner, 0 if given else page // inner)]
+        index += [(offset, 1, inner)] if "2" in axes else []
+        return Layout(axes, tuple(index), cast)
+
+    return Store(layout(k), layout(v), negative)
+
+
+E4M3 = Cast("float8_e4m3fn", "divide", 1.0, 448.0)
+
+
 # Together these take every branch of the kernel.
 SITES: dict[str, Record] = {
     "qwen3": site(128, norm=NORM, store=cached(True), heads_first=True, k_keep=False),
@@ -103,6 +123,14 @@ SITES: dict[str, Record] = {
     ),
     "flat cache by position": site(128, store=cached(False, "wrap")),
     "neighbours by position": site(64, neighbours(64, 32), norm=NORM),
+    "pages": site(64, norm=NORM, store=paged("01hd", "01hd"), k_keep=False),
+    "pages, blocks and offsets": site(32, store=paged("0h1d", "0h1d", given=True)),
+    "shuffled pages": site(48, norm=NORM, store=paged("0hd1e", "0h1d2"), k_keep=False),
+    "pages, skipped": site(24, neighbours(24), store=paged("01hd", "0h1d", negative="skip")),
+    "8 bits": site(64, norm=NORM, store=paged("01hd", "01hd", cast=E4M3), k_keep=False),
+    "8 bits, shuffled": site(
+        32, neighbours(32, 16), store=paged("0hd1e", "0h1d2", cast=Cast("float8_e5m2", "multiply"))
+    ),
     "halves to neighbours": site(
         32,
         (Rotation(16, Pair(0, 16, 1), Pair(0, 1, 2), Pair(0, 0, 1), Pair(0, 0, 1), (-1, 1)), ()),
@@ -113,6 +141,8 @@ PER_HEAD_WEIGHTS = ("olmo2", "after", "chameleon")
 LOOKED_UP = ("flat cache by position", "neighbours by position")
 
 
+# Caches of bits instead of numbers.
+AS_BITS = ("8 bits, shuffled",)
 STORED = ["slots", "offsets", "k_cache", "v_cache", "k_cache_scale", "v_cache_scale"]
 
 
@@ -147,13 +177,20 @@ class Operands:
             with_dtype(self.record, str(dtype).removeprefix("torch.")) if dtype else self.record
         )
 
-        def cloned(x: Tensor) -> Tensor:
+        def cloned(name: str, x: Tensor) -> Tensor:
+            x = self.numbers(name) if dtype and name.endswith("cache") else x
             other = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
             other.copy_(x)
             return other.to(dtype) if dtype and x.is_floating_point() else other
 
-        tensors = {n: None if x is None else cloned(x) for n, x in self.tensors.items()}
+        tensors = {n: None if x is None else cloned(n, x) for n, x in self.tensors.items()}
         return Operands(record, tensors, self.eps)
+
+    def numbers(self, cache: str) -> Tensor:
+        """A cache as numbers, where it holds their bits."""
+        store, x = self.record.store, self.tensors[cache]
+        assert store is not None and x is not None
+        return x.view(getattr(torch, store.k.cast.dtype)) if x.dtype == torch.uint8 else x
 
     def exact(self) -> tuple[Operands, tuple[Tensor, ...]]:
         """Caches and results of the float64 reference."""
@@ -207,16 +244,52 @@ def operands(
         places = torch.randint(-50, 50, (batch, tokens), generator=generator)
         tensors["positions"] = places.to(device)
     if record.store:
-        order = torch.randperm(slots, generator=generator)[:tokens].to(device)
+        by_row = batch if "b" not in record.store.k.axes else 1
+        order = torch.randperm(slots, generator=generator)[: by_row * tokens].to(device)
         wraps = record.store.negative == "wrap"
         order = torch.where(order % 2 == 0, order - slots, order) if wraps else order
-        tensors["slots"] = order[None]
-        for x, width in (("k_cache", k_d), ("v_cache", v.channels if v else 0)):
-            heads_first = record.store.k.axes == "bh0d"
-            first, second = (kv_heads, slots) if heads_first else (slots, kv_heads)
-            tensors[x] = torch.full((batch, first, second, width), 77.0, dtype=dtype, device=device)
-        tensors["v_cache"] = tensors["v_cache"] if v else None
+        if record.store.negative == "skip":
+            order = torch.where(order % 3 == 0, -1, order)
+        tensors["slots"] = order.view(by_row, tokens)
+        tensors |= _caches(record, name, batch, kv_heads, slots, dtype, device)
+        if any(operand for operand, *_ in record.store.k.index):
+            pages = tensors["slots"]
+            assert pages is not None
+            tensors |= {"slots": pages // 4, "offsets": pages % 4}
+        for x in ("k", "v"):
+            if record.store.k.cast.scale and tensors[f"{x}_cache"] is not None:
+                shape = (1, tokens, 1) if x == "k" else (1, 1, kv_heads)
+                tensors[f"{x}_cache_scale"] = 0.5 + draw(*shape, of=torch.float32).abs()
     return Operands(record, tensors)
+
+
+def _caches(
+    record: Record, name: str, batch: int, kv_heads: int, slots: int, dtype: Any, device: str
+) -> dict[str, Tensor | None]:
+    """Caches as their layouts have their axes; 77 everywhere, so that a stray write shows."""
+    found: dict[str, Tensor | None] = {}
+    assert record.store is not None
+    for x, stream_, layout in (
+        ("k_cache", record.k, record.store.k),
+        ("v_cache", record.v, record.store.v),
+    ):
+        if stream_ is None:
+            found[x] = None
+            continue
+        axes, split = layout.axes, 2
+        sizes = {"b": batch, "h": kv_heads, "d": stream_.channels, "0": slots, "1": 1, "2": 1}
+        if "e" in axes:
+            sizes |= {"d": stream_.channels // split, "e": split}
+        if "1" in axes:
+            sizes |= {"0": -(-slots // 4), "1": 4 // split if "2" in axes else 4, "2": split}
+        cache = torch.full([sizes[a] for a in axes], 77.0, device=device)
+        if layout.cast.dtype:
+            cache = cache.to(getattr(torch, layout.cast.dtype))
+            cache = cache.view(torch.uint8) if name in AS_BITS else cache
+        else:
+            cache = cache.to(dtype)
+        found[x] = cache
+    return found
 
 
 def untouched(case: Operands) -> bool:
@@ -224,14 +297,25 @@ def untouched(case: Operands) -> bool:
     store, tensors = case.record.store, case.tensors
     assert store is not None and tensors["slots"] is not None
     at = (tensors["slots"], tensors.get("offsets"))
-    for name, layout in (("k_cache", store.k), ("v_cache", store.v)):
+    for name, layout_ in (("k_cache", store.k), ("v_cache", store.v)):
         cache, rows = tensors[name], tensors[name[0]]
         if cache is None or rows is None:
             continue
         kept = torch.zeros(cache.shape, device=cache.device)
         parts = [(0, 1, torch.ones(rows.shape, device=rows.device))]
-        layout = dataclasses.replace(layout, cast=Cast())
-        write_(kept, layout, store.negative, at, None, parts, rows.shape[-1])
-        if not (cache[kept == 0].float() == 77.0).all():
+        write_(
+            kept,
+            dataclasses.replace(layout_, cast=Cast()),
+            store.negative,
+            at,
+            None,
+            parts,
+            rows.shape[-1],
+        )
+        canary = torch.full((), 77.0, device=cache.device)
+        if layout_.cast.dtype:
+            canary = canary.to(getattr(torch, layout_.cast.dtype))
+        canary = canary.view(torch.uint8) if cache.dtype == torch.uint8 else canary
+        if not (cache[kept == 0] == canary).all():
             return False
     return True

