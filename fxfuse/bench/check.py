@@ -33,20 +33,22 @@ class Truth:
     eager_error: float
 
 
-class _InFloat64(TorchFunctionMode):
+class InFloat64(TorchFunctionMode):
     """Casts to float32 are casts to float64."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def wide(x: Any) -> Any:
+            return torch.float64 if x is torch.float32 else x
+
         func = Tensor.double if func is Tensor.float else func
-        args = [torch.float64 if a is torch.float32 else a for a in args]
-        return func(*args, **(kwargs or {}))
+        return func(*map(wide, args), **{name: wide(x) for name, x in (kwargs or {}).items()})
 
 
 def truth(chain: Chain, inputs: Inputs) -> Truth:
     """The chain in float64, and eager's error in the working dtype."""
     exact = copy.deepcopy(chain).double()
     wide = _with(inputs, lambda x: x.double() if x.is_floating_point() else x)
-    with _InFloat64():
+    with InFloat64():
         outputs = results(exact, wide)
     error, _ = _compare(chain, inputs, outputs)
     return Truth(outputs, error)
