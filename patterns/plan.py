@@ -306,13 +306,17 @@ class _Planner:
                 self._report_store(self._beside(site.k_store)[:1])
 
     def _report_writes(self, decoded: Decoded) -> None:
-        """Why the cache writes of a fused result stay the model's."""
+        """Why the cache writes of a fused result stay the model's: a joint with other tokens of
+        this graph is none, nor is what is written over the stream's own source.
+        """
+        source = decoded.x.leaf.slot
         uncast = self.stores.uncast.get(decoded.slot, ())
         for call in [*self._final_consumers(decoded.slot), *uncast]:
             reason = self.stores.reasons.get(call) or self.stores.refused.get(call)
             if call.op == aten.cat.default:
-                reason = "a cache that grows by cat is made anew, not written to"
-            elif reason is None and call.writes:
+                grows = any(self.stores.origin(slot).call is None for slot in call.inputs())
+                reason = "a cache that grows by cat is made anew, not written to" if grows else None
+            elif reason is None and any(w.storage != source.storage for w in call.writes):
                 reason = f"{call.op} is no cache write that is known"
             if reason is not None:
                 node = call.node

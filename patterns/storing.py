@@ -1,10 +1,11 @@
 """Storing: which cache writes join the site of which streams, and what the op needs for it."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from fxfuse.patterns.access import Refused
 from fxfuse.patterns.casts import cast_of
+from fxfuse.patterns.cut import NOTHING
 from fxfuse.patterns.placing import Placed, placed, scale_access, slots_access, stored_copy
 from fxfuse.patterns.read import Reading
 from fxfuse.patterns.record import Layout, Store
@@ -53,7 +54,7 @@ class Stores:
                 self.uncast.setdefault(self._first_input(write.value), []).append(write.call)
                 continue
             self.writes.append(store)
-            self.stored_from.setdefault(self._origin(store), []).append(store)
+            self.stored_from.setdefault(self.origin(store.value, store.through), []).append(store)
 
     def _first_input(self, slot: Slot) -> Slot:
         """The stream's end that a value is computed from, whatever stands between."""
@@ -61,13 +62,13 @@ class Stores:
             slot = slot.call.inputs()[0]
         return slot
 
-    def _origin(self, store: StoreWrite) -> Slot:
-        slot = store.value
+    def origin(self, slot: Slot, through: Mapping[Call, Slot] = NOTHING) -> Slot:
+        """The stream's end, or the tensor, that views make a slot of; see `cut.seen_from`."""
         while slot not in self.ends and slot.call is not None:
             call = slot.call
-            if call not in store.through and self.reading.relations.get(call) != "view":
+            if call not in through and self.reading.relations.get(call) != "view":
                 break
-            slot = store.through.get(call) or call.inputs()[0]
+            slot = through.get(call) or call.inputs()[0]
         return slot
 
     def of(self, decoded: Decoded) -> StoreWrite | None:
