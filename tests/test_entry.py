@@ -176,6 +176,29 @@ def test_the_last_report_and_the_counts_follow_each_compile() -> None:
     }
 
 
+class Apart(Attention):
+    """q and k turn by tables of their own, so that each is a site."""
+
+    def rotate(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        return llama(q, cos, sin), llama(k, cos * 0.5, sin * 0.5)
+
+
+@torch.no_grad()
+def test_an_attention_whose_q_and_k_do_not_join_counts_once() -> None:
+    class TwoLayers(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = torch.nn.ModuleList([Apart(), Apart()])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layers[0](x).sum() + self.layers[1](x + 1).sum()
+
+    before = fxfuse.counts()
+    report = fxfuse.explain(TwoLayers(), hidden_states(), compiler="eager")
+    assert [site.kind for site in report.fused] == ["attention", "key"] * 2
+    assert fxfuse.counts()["attention"] - before["attention"] == 2
+
+
 def test_a_report_as_json_and_as_text() -> None:
     report = compiled(Layer(by_index_copy), hidden_states(T), *caches())
     data = json.loads(report.to_json())
@@ -285,118 +308,6 @@ def test_two_threads_compile_two_models() -> None:
         thread.join()
     assert [len(reports[n].fused) for n in range(2)] == [1, 1]
     assert reports[0].fused[0].eps == (1e-5, 1e-5)
-
-
-# --- gradients, regions ------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
-@pytest.mark.parametrize("after", [False, True])
-def test_gradients_equal_eagers(compiler: str, after: bool) -> None:
-    toy = Attention(norm=rsqrt, after=after)
-
-    def gradients(run: Any) -> list[Tensor]:
-        x = hidden_states().requires_grad_()
-        weights = list(toy.parameters())
-        result = run(x)
-        return list(torch.autograd.grad((result * result).sum(), [x, *weights]))
-
-    want = gradients(toy)
-    got = gradients(torch.compile(toy, backend=fxfuse.Backend(compiler=compiler)))
-    report = fxfuse.last_report()
-    assert report is not None and len(report.fused) == 1
-    assert_like(got, want)
-
-
-def test_no_store_is_fused_where_gradients_are_needed() -> None:
-    layer = Layer(by_index_copy)
-    memory = [torch.zeros(2, 2, 12, 16), torch.zeros(2, 2, 12, 16), torch.arange(T)]
-    torch.compile(layer, backend=fxfuse.Backend(compiler="eager"))(hidden_states(T), *memory)
-    report = fxfuse.last_report()
-    assert report is not None and stages(report) == [""]
-    assert "cache writes stay the model's" in report.notes[0]
-
-
-def test_a_region_without_gradients() -> None:
-    class Region(Attention):
-        def rotate(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-            with torch.no_grad():
-                k = llama(k, cos, sin)
-            return llama(q, cos, sin), k
-
-    toy = Region()
-
-    def gradient(run: Any) -> Tensor:
-        x = hidden_states().requires_grad_()
-        return torch.autograd.grad(run(x).square().sum(), x)[0]
-
-    assert_like(
-        gradient(torch.compile(toy, backend=fxfuse.Backend(compiler="eager"))), gradient(toy)
-    )
-
-
-class Apart(Attention):
-    """q and k turn by tables of their own, so that each is a site."""
-
-    def rotate(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        return llama(q, cos, sin), llama(k, cos * 0.5, sin * 0.5)
-
-
-@torch.no_grad()
-def test_an_attention_whose_q_and_k_do_not_join_counts_once() -> None:
-    class TwoLayers(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = torch.nn.ModuleList([Apart(), Apart()])
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.layers[0](x).sum() + self.layers[1](x + 1).sum()
-
-    before = fxfuse.counts()
-    report = fxfuse.explain(TwoLayers(), hidden_states(), compiler="eager")
-    assert [site.kind for site in report.fused] == ["attention", "key"] * 2
-    assert fxfuse.counts()["attention"] - before["attention"] == 2
-
-
-class Detached(Attention):
-    def rotate(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        return llama(q.detach(), cos, sin), llama(k, cos, sin)
-
-
-def norm_without_its_gradient(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    with torch.no_grad():
-        factor = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
-    return x * factor * weight
-
-
-@pytest.mark.parametrize(
-    ("toy", "reason"),
-    [
-        (Detached(), "a detached value"),
-        (Attention(norm=norm_without_its_gradient), "in part without gradients"),
-    ],
-)
-def test_a_chain_whose_gradient_is_cut_is_refused(toy: Any, reason: str) -> None:
-    def gradient(run: Any) -> Tensor:
-        x = hidden_states().requires_grad_()
-        return torch.autograd.grad(run(x).square().sum(), x)[0]
-
-    compiled = torch.compile(toy, backend=fxfuse.Backend(compiler="eager"))
-    assert_like(gradient(compiled), gradient(toy))
-    assert any(reason in r.reason for r in fxfuse.last_report().refused)
-
-
-@torch.no_grad()
-def test_an_autocast_region_is_right() -> None:
-    toy, x = Attention(norm=rsqrt), hidden_states()
-
-    def run(y: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            return toy(y)
-
-    got = torch.compile(run, backend=fxfuse.Backend(compiler="eager"))(x)
-    # bfloat16 keeps 8 bits: two orders of rounding differ by some 2 ** -8.
-    assert_like(got, run(x), tolerance=1e-2)
 
 
 # --- through Inductor --------------------------------------------------------------------------
