@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.sites import SITES, Operands, operands, untouched
+from tests.sites import NORM, SITES, Operands, Store, halves, neighbours, operands, site, untouched
+from tests.test_head_sizes import GROUPS, HEAD_SIZES
 
 pytestmark = pytest.mark.aot
 
@@ -58,10 +59,40 @@ def check(case: Operands) -> None:
                 torch.testing.assert_close(got, wide.tensors[cache], **rounded)
 
 
+def amid_nans(x: torch.Tensor) -> torch.Tensor:
+    """The same values at the same strides; NaN before, behind and in the gaps."""
+    span = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+    room = torch.full((span + 2048,), torch.nan, dtype=x.dtype)
+    return room.as_strided(x.shape, x.stride(), 1024).copy_(x)
+
+
+def without_neighbours(case: Operands) -> Operands:
+    """A kernel that reads past an operand, as past a table's last row, finds NaN there."""
+    for name, x in case.tensors.items():
+        if x is not None and x.is_floating_point() and "cache" not in name:
+            case.tensors[name] = amid_nans(x)
+    positions = case.tensors.get("positions")
+    if positions is not None:
+        positions[0, 0], positions[-1, -1] = case.tensors["cos"].shape[1] - 1, -1
+    return case
+
+
 def main() -> None:
     for name in SITES:
-        check(operands(name))
+        check(without_neighbours(operands(name)))
         print(name, "ok", flush=True)
+    for channels in HEAD_SIZES:
+        for rope in (halves, neighbours):
+            turn = rope(channels, channels // 4 * 2)
+            SITES["sized"] = site(channels, turn, norm=NORM, store=Store(True))
+            for heads, kv_heads in GROUPS if channels == 48 else [(2, 3)]:
+                sizes = {"batch": 1, "tokens": 2, "heads": heads, "kv_heads": kv_heads}
+                check(without_neighbours(operands("sized", **sizes)))
+    del SITES["sized"]
+    # Half of each of many heads turns.
+    SITES["many"] = site(128, halves(128, 64), norm=NORM)
+    check(without_neighbours(operands("many", batch=1, tokens=9, heads=40, kv_heads=24)))
+    del SITES["many"]
     check(operands("qwen3", batch=1, tokens=1, heads=16, kv_heads=8, dtype=torch.bfloat16))
     check(operands("llama", heads=1, kv_heads=4))
     # Many tokens: several of them in a program, and a last program that is not full.

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import fxfuse
 from tests.spellings import llama, rsqrt
@@ -107,3 +108,70 @@ def test_an_autocast_region_is_right() -> None:
     got = torch.compile(run, backend=fxfuse.Backend(compiler="eager"))(x)
     # bfloat16 keeps 8 bits: two orders of rounding differ by some 2 ** -8.
     assert_like(got, run(x), tolerance=1e-2)
+
+
+# --- code that Dynamo keeps in graphs of its own -----------------------------------------------
+
+
+def gradients(run: Any, toy: Attention) -> list[Tensor]:
+    x = hidden_states().requires_grad_()
+    weights = list(toy.parameters())
+    return list(torch.autograd.grad(run(x).square().sum(), [x, *weights], allow_unused=False))
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_a_checkpointed_layer_has_eagers_gradients(compiler: str) -> None:
+    toy = Attention(norm=rsqrt)
+
+    def run(x: Tensor) -> Tensor:
+        return checkpoint(toy, x, use_reentrant=False) + x.sum()
+
+    want = gradients(run, toy)
+    got = gradients(torch.compile(run, backend=fxfuse.Backend(compiler=compiler)), toy)
+    assert_like(got, want)
+
+
+def test_torch_func_sees_through_a_compiled_layer() -> None:
+    toy = Attention(norm=rsqrt)
+
+    def loss(x: Tensor) -> Tensor:
+        return toy(x).square().sum()
+
+    want = torch.func.grad(loss)(hidden_states())
+    run = torch.compile(torch.func.grad(loss), backend=fxfuse.Backend(compiler="eager"))
+    assert_like(run(hidden_states()), want)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@torch.no_grad()
+def test_a_mapped_layer_is_right() -> None:
+    toy, x = Attention(norm=rsqrt), hidden_states(batch=6).unflatten(0, (3, 2))
+    mapped = torch.func.vmap(toy)
+    got = torch.compile(mapped, backend=fxfuse.Backend(compiler="eager"))(x)
+    assert_like(got, mapped(x))
+
+
+@torch.no_grad()
+def test_a_chain_in_a_branch_is_right() -> None:
+    toy, x = Attention(norm=rsqrt), hidden_states()
+
+    def run(x: Tensor) -> Tensor:
+        return torch.cond(x.sum() > 1e9, lambda y: toy(y) * 2, lambda y: toy(y), (x,))
+
+    got = torch.compile(run, backend=fxfuse.Backend(compiler="eager"))(x)
+    assert_like(got, run(x))
+
+
+@torch.no_grad()
+def test_a_graph_that_breaks_inside_a_chain_is_right() -> None:
+    """What stands in one graph is fused there."""
+
+    def breaking(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        torch._dynamo.graph_break()
+        return q, k
+
+    toy, x = Attention(norm=rsqrt, between=breaking), hidden_states()
+    report = fxfuse.explain(toy, x, compiler="eager")
+    assert report.graphs > 1 and [f.stages for f in report.fused] == [("rms_norm", "rope")]
+    got = torch.compile(toy, backend=fxfuse.Backend(compiler="eager"))(x)
+    assert_like(got, toy(x))
