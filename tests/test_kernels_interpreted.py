@@ -62,7 +62,7 @@ def check(case: Operands) -> None:
 def amid_nans(x: torch.Tensor) -> torch.Tensor:
     """The same values at the same strides; NaN before, behind and in the gaps."""
     span = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
-    room = torch.full((span + 2048,), torch.nan, dtype=x.dtype)
+    room = torch.full((span + 2048,), torch.nan, dtype=x.dtype, device=x.device)
     return room.as_strided(x.shape, x.stride(), 1024).copy_(x)
 
 
