@@ -78,3 +78,14 @@ def test_two_settings_in_one_process_are_two_compiles() -> None:
         before = fxfuse.counts()["store"]
         assert_like(ran(torch.compile(layer, backend=backend)), ran(layer))
         assert fxfuse.counts()["store"] - before == stored
+
+
+def test_without_a_compiler_the_error_is_inductors() -> None:
+    def told(backend: Any) -> str:
+        torch._dynamo.reset()
+        missing = {"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}
+        with torch._inductor.config.patch(missing), pytest.raises(Exception) as error:
+            ran(torch.compile(Layer(by_index_copy), backend=backend))
+        return type(getattr(error.value, "inner_exception", error.value)).__name__
+
+    assert told(fxfuse.backend) == told("inductor") == "InvalidCxxCompiler"

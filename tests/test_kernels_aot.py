@@ -128,3 +128,13 @@ def test_inductor_sees_only_results_and_caches_as_written(name):
         kernel = getattr(kernels, plan.kernel)
         found = written_arguments(kernel, {**arguments, **plan.constants})
     assert {n for n in found if n.endswith("_ptr")} == written
+
+
+def test_no_kernel_is_tuned_by_running_it():
+    """A tuner with a choice would run a kernel many times over the live cache."""
+    from fxfuse.lowering import fused, norm_kernels
+
+    found = [x for m in (kernels, norm_kernels) for x in vars(m).values() if hasattr(x, "run")]
+    assert len(found) > 2
+    assert {type(kernel) for kernel in found} == {triton.runtime.JITFunction}
+    assert len(fused.with_warps("norm_rope_store", 4).configs) == 1
