@@ -9,8 +9,18 @@ was fused in a model and why the rest was not.
 """
 
 from fxfuse.entry import Backend, backend, explain
+from fxfuse.lowering.providers import register_provider
 from fxfuse.report import Report, counts, last_report
 from fxfuse.settings import FxfuseError
 
-__all__ = ["Backend", "FxfuseError", "Report", "backend", "counts", "explain", "last_report"]
+__all__ = [
+    "Backend",
+    "FxfuseError",
+    "Report",
+    "backend",
+    "counts",
+    "explain",
+    "last_report",
+    "register_provider",
+]
 __version__ = "0.1.0"

@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from fxfuse import torch_private
+from fxfuse.lowering import providers
 from fxfuse.passes import fuse_graph
 from fxfuse.report import Report, publish
 from fxfuse.settings import Settings
@@ -43,22 +44,31 @@ class Backend:
         options: dict[str, Any] | None = None,
     ) -> Any:
         """Compile one Dynamo graph. mode and options are Inductor's."""
-        fused, report = fuse_graph(gm, self.settings)
-        start = time.perf_counter()
-        compiled = self._compile(fused, list(example_inputs), mode, options)
+        while True:
+            fused, report = fuse_graph(gm, self.settings)
+            start, failures = time.perf_counter(), providers.failures()
+            tag = f"{source_tag()}-{choice_tag(report)}"
+            try:
+                compiled = self._compile(fused, list(example_inputs), mode, options, tag)
+                break
+            except Exception:
+                # A provider failed: its graph is done for, the next one is asked on a new copy.
+                if providers.failures() == failures:
+                    raise
         report.milliseconds["compile"] = 1e3 * (time.perf_counter() - start)
         publish(report)
         for collected in getattr(_state, "collecting", ()):
             collected.add(report)
         return compiled
 
-    def _compile(self, gm: fx.GraphModule, inputs: list[Any], mode: Any, options: Any) -> Any:
+    def _compile(
+        self, gm: fx.GraphModule, inputs: list[Any], mode: Any, options: Any, tag: str
+    ) -> Any:
         if self.settings.compiler != "inductor":
             return torch_private.compile_with(self.settings.compiler, gm, inputs)
-        from fxfuse.lowering.providers import register
-
-        register()
-        return torch_private.compile_with_inductor(gm, inputs, mode, options, source_tag())
+        providers.register()
+        with providers.starting_anew():
+            return torch_private.compile_with_inductor(gm, inputs, mode, options, tag)
 
     def reset(self) -> None:
         """Called by torch.compiler.reset()."""
@@ -102,6 +112,12 @@ def source_tag() -> str:
         digest.update(path.name.encode())
         digest.update(path.read_bytes())
     return f"fxfuse-{digest.hexdigest()[:16]}"
+
+
+def choice_tag(report: Report) -> str:
+    """A digest of the table of providers and of what was chosen from it, for the same keys."""
+    chosen = sorted({(site.op, site.provider) for site in report.fused})
+    return hashlib.sha256(f"{providers.table_tag()} {chosen}".encode()).hexdigest()[:16]
 
 
 def explain(

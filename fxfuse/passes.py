@@ -12,8 +12,8 @@ from torch import fx
 
 from fxfuse.functional import without_own_writes
 from fxfuse.lens import look
-from fxfuse.lowering import gate, norm_launch
-from fxfuse.lowering.providers import Facts, choose
+from fxfuse.lowering import gate, targets  # noqa: F401  targets enters our own providers
+from fxfuse.lowering.providers import Choice, Facts, choose
 from fxfuse.patterns.add_norm import rows_count
 from fxfuse.patterns.plan import plan
 from fxfuse.patterns.read import read
@@ -130,9 +130,12 @@ def _reason_to_leave(settings: Settings) -> str:
     return ""
 
 
-def _provider(site: Site, settings: Settings) -> str:
+REFERENCE = Choice("reference", ())
+
+
+def _provider(site: Site, settings: Settings) -> Choice:
     if settings.compiler != "inductor":
-        return "reference"
+        return REFERENCE
 
     def size(stream: Decoded | None, row: int) -> int | None:
         if stream is None:
@@ -141,16 +144,23 @@ def _provider(site: Site, settings: Settings) -> str:
         found = 1 if dim is None else stream.slot.shape[dim]
         return found if isinstance(found, int) else None
 
-    facts = Facts(site.record, tuple(size(s, 2) for s in (site.q, site.k, site.v)), size(site.q, 0))
-    return choose(site.q.slot.device.type, facts).provider
+    streams = {"q": site.q, "k": site.k, "v": site.v}
+    heads = tuple(size(stream, 2) for stream in streams.values())
+    dtypes = {name: s.x.leaf.dtype for name, s in streams.items() if s is not None}
+    device = site.q.slot.device
+    return choose(device.type, Facts(site.record, heads, size(site.q, 0), (), dtypes, device))
 
 
-def _norm_provider(site: NormSite, settings: Settings) -> str:
+def _norm_provider(site: NormSite, settings: Settings) -> Choice:
     if settings.compiler != "inductor":
-        return "reference"
+        return REFERENCE
     leaves, slot = [a.leaf for a in site.addends], site.normed.slot
-    dtypes = tuple(leaf.dtype for leaf in leaves)
-    return norm_launch.choose(slot.device.type, site.record, slot.shape, dtypes).provider
+    weight = site.normed.weight
+    named = dict(zip(("x", "residual", "second"), leaves, strict=False))
+    named |= {"weight": weight.leaf} if weight else {}
+    dtypes = {name: leaf.dtype for name, leaf in named.items()}
+    shape = tuple(size if isinstance(size, int) else None for size in slot.shape)
+    return choose(slot.device.type, Facts(site.record, (), None, shape, dtypes, slot.device))
 
 
 def placeholder_kinds(gm: fx.GraphModule) -> dict[fx.Node, Kind]:

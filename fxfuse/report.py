@@ -8,6 +8,7 @@ import threading
 from collections import Counter
 from typing import Any
 
+from fxfuse.lowering.providers import Choice
 from fxfuse.patterns.record import AddNorm, Norm, Record
 from fxfuse.patterns.site import Left, NormSite, Refusal, Site, location
 
@@ -15,8 +16,8 @@ from fxfuse.patterns.site import Left, NormSite, Refusal, Site, location
 @dataclasses.dataclass(frozen=True)
 class Fused:
     """One fused site: its stages, the model's file:line, the op it became, who lowers it, its
-    record, and how many times faster than Inductor's own code the gate expects it to be (None where
-    nobody has measured it).
+    record, how many times faster than Inductor's own code the gate expects it to be (None where
+    nobody has measured it), and (provider, reason) for each that was asked and declined.
     """
 
     stages: tuple[str, ...]
@@ -27,6 +28,7 @@ class Fused:
     eps: tuple[Any, ...]
     kind: str = "attention"
     gain: float | None = None
+    declined: tuple[tuple[str, str], ...] = ()
 
 
 @dataclasses.dataclass
@@ -69,6 +71,10 @@ class Report:
             lines.append(
                 f"  {count:3d} × {stages}  [{rotation}]  {op} by {provider}{gain}  {where}"
             )
+        asked = Counter((f.op, *one) for f in self.fused for one in f.declined)
+        for (op, provider, reason), count in asked.items():
+            if not reason.startswith("not for "):
+                lines.append(f"  declined {count} × {op} by {provider}: {reason}")
         for refusal, count in Counter(map(str, self.refused)).items():
             lines.append(f"  refused {count} × {refusal}")
         for (kind, reason), count in Counter((x.kind, x.reason) for x in self.left).items():
@@ -125,17 +131,25 @@ def _norm_name(norm: Norm) -> str:
     return f"{over}(1+w)" if norm.weight_offset else over
 
 
-def fused_norm(site: NormSite, provider: str) -> Fused:
+def fused_norm(site: NormSite, choice: Choice) -> Fused:
     where, eps = location(site.normed.slot.node), (site.normed.eps,)
-    op = "fxfuse::add_rms_norm"
-    return Fused(stages_of(site.record), where, op, provider, site.record, eps, site.kind)
+    return Fused(
+        stages=stages_of(site.record),
+        where=where,
+        op="fxfuse::add_rms_norm",
+        provider=choice.provider,
+        record=site.record,
+        eps=eps,
+        kind=site.kind,
+        declined=choice.declined,
+    )
 
 
 def _expected(gain: float | None) -> str:
     return "" if gain is None else f", {gain:.1f} × Inductor expected"
 
 
-def fused_of(site: Site, provider: str, gain: float | None = None) -> Fused:
+def fused_of(site: Site, choice: Choice, gain: float | None = None) -> Fused:
     op = "norm_rope_store_" if site.record.store else "norm_rope"
     eps = (site.q.eps, site.k.eps if site.k else 0.0)
     where = location(site.q.slot.node)
@@ -143,7 +157,9 @@ def fused_of(site: Site, provider: str, gain: float | None = None) -> Fused:
     stages = stages_of(site.record)
     if site.q.positions is not None:
         stages = tuple("rope(by position)" if stage == "rope" else stage for stage in stages)
-    return Fused(stages, where, op, provider, site.record, eps, site.kind, gain)
+    return Fused(
+        stages, where, op, choice.provider, site.record, eps, site.kind, gain, choice.declined
+    )
 
 
 _lock = threading.Lock()

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 from torch._inductor import ir
 from torch._inductor.decomposition import select_decomp_table
-from torch._inductor.lowering import lowerings, register_lowering
+from torch._inductor.lowering import fallback_handler, lowerings, register_lowering
 from torch._inductor.virtualized import V
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -100,6 +100,14 @@ def launch(kernel: Any, plan: Launch) -> None:
     )
 
 
+def call(op: Any, args: Sequence[Any]) -> Any:
+    """Put a call of an op into the graph, which Inductor does not look into. A cache that it writes
+    to must be memory.
+    """
+    handler: Any = fallback_handler
+    return handler(op, add_to_fallback_set=False)(*args)
+
+
 def _wide(x: Any) -> Any:
     """Integers of more than 32 bits as sympy's: 2.11 asks their methods of them."""
     return sympy.Integer(x) if isinstance(x, int) and abs(x) >= 2**31 else x
@@ -107,11 +115,16 @@ def _wide(x: Any) -> Any:
 
 def traced(function: Callable[..., Any]) -> fx.GraphModule:
     """The node being lowered as ATen calls: `function` traced on its fake arguments."""
-    node = V.graph.current_node
-    args = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-    assert not args[1], "fxfuse ops are called by position"
     with V.fake_mode:
-        return make_fx(function, select_decomp_table(), tracing_mode="real")(*args[0])
+        return make_fx(function, select_decomp_table(), tracing_mode="real")(*fakes())
+
+
+def fakes() -> tuple[Any, ...]:
+    """The arguments of the node being lowered, tensors as fakes."""
+    node = V.graph.current_node
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    assert not kwargs, "fxfuse ops are called by position"
+    return tuple(args)
 
 
 def lower_graph(graph: fx.Graph, args: Sequence[Any]) -> Any:

@@ -16,7 +16,7 @@ import fxfuse.add_norm
 from fxfuse import reference
 from fxfuse.lowering.launch import Launch, ceil_div, power_above
 from fxfuse.lowering.operand import Operand, Size
-from fxfuse.lowering.providers import KERNEL_DTYPES, Box, Choice, chosen
+from fxfuse.lowering.providers import Box, Facts
 from fxfuse.patterns.record import AddNorm
 
 MAX_CHANNELS = 16384
@@ -97,14 +97,16 @@ def _strides(letter: str, operand: Operand | None) -> dict[str, Size]:
     return {f"stride_{letter}b": b, f"stride_{letter}t": t, f"stride_{letter}d": d}
 
 
-def declines(
-    record: AddNorm, shape: tuple[Size, ...], dtypes: tuple[torch.dtype, ...]
-) -> str | None:
-    """Why the kernel does not take addends of a shape and dtypes, or None."""
+def declines(facts: Facts) -> str | None:
+    """Why the kernel does not take a call, or None."""
+    record, shape = facts.record, facts.shape
+    assert isinstance(record, AddNorm)
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if record.dtype not in KERNEL_DTYPES or any(dtype not in DTYPES for dtype in dtypes):
-        return f"the kernel knows {', '.join(KERNEL_DTYPES)} only"
+    addends = [facts.dtypes[name] for name in ADDENDS if name in facts.dtypes]
+    if any(dtype not in DTYPES for dtype in (getattr(torch, record.dtype), *addends)):
+        names = (str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        return f"the kernel knows {', '.join(names)} only"
     if record.channels > MAX_CHANNELS:
         return f"the kernel takes at most {MAX_CHANNELS} channels"
     if len(shape) not in (2, 3):
@@ -114,34 +116,19 @@ def declines(
     return None
 
 
-def choose(
-    device: str, record: AddNorm, shape: tuple[Size, ...], dtypes: tuple[torch.dtype, ...]
-) -> Choice:
-    """Who takes a call on a device type ("cuda" is ROCm too)."""
-    reason = declines(record, shape, dtypes) if device == "cuda" else f"not for {device}"
-    return Choice("triton", ()) if reason is None else Choice("loops", (("triton", reason),))
-
-
-def lower(*args: Any) -> tuple[Box, Box]:
-    """Results of fxfuse::add_rms_norm on Inductor's boxes."""
-    from fxfuse.lowering import inductor
-
+def _named(args: tuple[Any, ...]) -> tuple[dict[str, Any], tuple[torch.dtype, ...]]:
+    """Boxes by the names of the op's arguments, and the dtypes of the addends."""
     call = dict(zip(ARGUMENTS, args, strict=True))
-    record = fxfuse.add_norm.read_record(call["record"])
-    addends = [call[name] for name in ADDENDS if call[name] is not None]
-    dtypes = tuple(a.get_dtype() for a in addends)
-    shape = inductor.sizes(call["x"].get_size())
-    choice = choose(call["x"].get_device().type, record, shape, dtypes)
-    chosen.append(choice)
-    return (_launched if choice.provider == "triton" else _loops)(call, record, shape, dtypes)
+    return call, tuple(call[name].get_dtype() for name in ADDENDS if call[name] is not None)
 
 
-def _launched(
-    call: dict[str, Any], record: AddNorm, shape: tuple[Size, ...], dtypes: tuple[torch.dtype, ...]
-) -> tuple[Box, Box]:
+def lower(name: str, args: tuple[Any, ...], record: AddNorm) -> tuple[Box, Box]:
+    """Results of fxfuse::add_rms_norm on boxes, by one launch of its kernel."""
     from fxfuse.lowering import inductor
 
+    call, dtypes = _named(args)
     x = call["x"]
+    shape = inductor.sizes(x.get_size())
     operands: dict[str, Operand | None] = {
         n: inductor.operand(call[n]) for n in ADDENDS if call[n] is not None
     }
@@ -174,11 +161,11 @@ def _with_warps(warps: int) -> Any:
     return triton.autotune(configs=[config], key=[])(norm_kernels.add_rms_norm)
 
 
-def _loops(
-    call: dict[str, Any], record: AddNorm, shape: tuple[Size, ...], dtypes: tuple[torch.dtype, ...]
-) -> tuple[Box, Box]:
+def loops(name: str, args: tuple[Any, ...], record: AddNorm) -> tuple[Box, Box]:
     """The reference through Inductor's own lowerings, rounded as Inductor rounds any model."""
     from fxfuse.lowering import inductor
+
+    call, dtypes = _named(args)
 
     def run(*tensors: Any) -> Any:
         total, out = reference.add_rms_norm(*(*tensors[:-1], record))

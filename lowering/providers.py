@@ -1,47 +1,102 @@
-"""Which code an fxfuse op gets on which target: a table of providers, asked in order.
+"""Which code an fxfuse op gets on which target: a table of providers, the newest asked first.
 
 In come a device type and the facts of a call; out comes a Choice that says who took it and why the
-others did not. `register` hands the ops to Inductor; nothing happens at import.
+others did not. Who raises is asked no more. `targets` enters our own providers; `register` hands
+the ops to Inductor; nothing else happens at import.
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
-import importlib.util
-from collections.abc import Callable
+import hashlib
+import inspect
+import logging
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
+import fxfuse.add_norm
 import fxfuse.ops
-from fxfuse.lowering.launch import KINDS
-from fxfuse.patterns.record import Record
+from fxfuse.lowering import opaque
+from fxfuse.patterns.record import AddNorm, Record
+from fxfuse.settings import FxfuseError
+
+log = logging.getLogger(__name__)
 
 # Inductor's TensorBox, or any tensor.
 Box = Any
-Lower = Callable[[str, tuple[Any, ...], Record], tuple[Box, Box]]
+Lower = Callable[[str, tuple[Any, ...], Any], tuple[Box, Box]]
+Run = Callable[..., "tuple[Tensor | None, Tensor | None]"]
+
+# The ops, and what reads their records.
+OPS: dict[str, Callable[[str], Record | AddNorm]] = {
+    "norm_rope": fxfuse.ops.read_record,
+    "norm_rope_store_": fxfuse.ops.read_record,
+    "add_rms_norm": fxfuse.add_norm.read_record,
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What a provider decides by: the record, and what its tensors say beyond it.
+    """What a provider decides by; a size that is symbolic is None.
 
-    heads   of q, k, v; None where a stream is absent or its head count is symbolic
-    batch   B, None where symbolic
+    record  of the site: `fxfuse.patterns.record.Record`, or `AddNorm` for add_rms_norm
+    heads   of q, k, v; None where a stream is absent too; empty for add_rms_norm
+    batch   B of q
+    shape   of add_rms_norm's x
+    dtypes  of the tensors the op gets, by the names of its arguments
+    device  where they are, None where unknown
     """
 
-    record: Record
-    heads: tuple[int | None, ...]
+    record: Record | AddNorm
+    heads: tuple[int | None, ...] = ()
     batch: int | None = None
+    shape: tuple[int | None, ...] = ()
+    dtypes: Mapping[str, torch.dtype] = dataclasses.field(default_factory=dict)
+    device: torch.device | None = None
+
+    @property
+    def op(self) -> str:
+        """The op's name."""
+        if isinstance(self.record, AddNorm):
+            return "add_rms_norm"
+        return "norm_rope_store_" if self.record.store else "norm_rope"
 
 
-@dataclasses.dataclass(frozen=True)
+def takes_all(facts: Facts) -> str | None:
+    """The `declines` of a provider that declines nothing."""
+    return None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Provider:
-    """One way to lower the ops; `declines` gives the reason not to, or None."""
+    """One way to lower some ops; `declines` gives the reason not to, or None. A context manager
+    that ends the registration.
+    """
 
     name: str
+    ops: frozenset[str]
     devices: frozenset[str] | None
     declines: Callable[[Facts], str | None]
     lower: Lower
+    version: str = ""
+
+    def remove(self) -> None:
+        """Take it out of the table; what was compiled with it stays compiled."""
+        with _lock:
+            if self in PROVIDERS:
+                PROVIDERS.remove(self)
+            _failed.pop(self, None)
+
+    def __enter__(self) -> "Provider":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.remove()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,113 +107,208 @@ class Choice:
     declined: tuple[tuple[str, str], ...]
 
 
+# In the order they are asked.
 PROVIDERS: list[Provider] = []
+# Those that raised, and what.
+_failed: dict[Provider, str] = {}
+_lock = threading.RLock()
 
 
-def provider(
-    name: str, devices: tuple[str, ...] | None, declines: Callable[[Facts], str | None]
-) -> Callable[[Lower], Lower]:
-    """Enter a lowering into the table; devices None is every device."""
+def register_provider(
+    name: str,
+    run: Run | None = None,
+    *,
+    ops: Iterable[str],
+    devices: Iterable[str] | None = None,
+    declines: Callable[[Facts], str | None] = takes_all,
+    lower: Lower | None = None,
+    version: str | None = None,
+) -> Provider:
+    """Enter a kernel library, or a target, for some of fxfuse's ops; the newest is asked first.
 
-    def enter(lower: Lower) -> Lower:
-        PROVIDERS.append(Provider(name, frozenset(devices) if devices else None, declines, lower))
-        return lower
+    Example:
+        def run(*, x, weight, eps, record, **rest):
+            return None, mylib.rms_norm(x, weight, eps)
 
-    return enter
+        def declines(facts):
+            plain = facts.record.addends == 1 and facts.record.norm.has_weight
+            return None if plain else "mylib adds nothing up"
+
+        with fxfuse.register_provider("mylib", run, ops=["add_rms_norm"], devices=["cuda"],
+                                      declines=declines):
+            compiled(x)
+
+    run       a function of tensors that computes what the op does: it gets the op's arguments
+              (`fxfuse.ops`, `fxfuse.add_norm`) by their names, with the record itself, and returns
+              the op's results, None for one that is empty. Compiled graphs call it and do not look
+              into it; it may be captured in a CUDA graph.
+    lower     instead of `run`: a function of the op's name, its arguments as Inductor's boxes and
+              the record, that returns the results as boxes
+    ops       which of norm_rope, norm_rope_store_ and add_rms_norm it takes
+    devices   device types it is for, such as "cuda" (ROCm too) or "cpu"; None is every one
+    declines  why it does not take a call, or None where it does: it must decline wherever it would
+              compute something else than the op
+    version   what changes when the code does, for Inductor's caches; by default the source of the
+              module that `run` or `lower` stands in
+
+    Which sites are fused at all is the gate's decision, not a provider's. One that raises, while it
+    declines, lowers or runs, is asked no more, and a warning says so once; the next one is asked.
+    Mutates: the table; the result's `remove()`, or the end of a `with`, takes it out again.
+    Errors: FxfuseError for a wrong name, unknown ops, or a name that stands for one of them
+        already.
+    """
+    wanted = frozenset(ops)
+    if not name.isidentifier():
+        raise FxfuseError(f"fxfuse.register_provider: name is {name!r}, wanted an identifier")
+    if not wanted or not wanted <= set(OPS):
+        raise FxfuseError(
+            f"fxfuse.register_provider: ops are {sorted(wanted)}, wanted some of {', '.join(OPS)}"
+        )
+    if (run is None) == (lower is None):
+        raise FxfuseError("fxfuse.register_provider: wanted run, or lower in its place")
+    code = f"{_source(run or lower)}{_source(declines)}" if version is None else version
+    digest = hashlib.sha256(f"{name} {code}".encode()).hexdigest()[:16]
+    placed = frozenset(devices) if devices is not None else None
+    if run is not None:
+        lower = opaque.entered(f"{name}_{digest}", wanted, run, lambda *what: drop(provider, *what))
+    assert lower is not None
+    provider = Provider(name, wanted, placed, declines, lower, digest)
+    with _lock:
+        for other in PROVIDERS:
+            if other.name == name and other.ops & wanted:
+                raise FxfuseError(
+                    f"fxfuse.register_provider: {name} is registered for "
+                    f"{', '.join(sorted(other.ops & wanted))}; remove() that one first"
+                )
+        PROVIDERS.insert(0, provider)
+    return provider
 
 
-def _no_triton_kernel(facts: Facts) -> str | None:
-    record = facts.record
-    q, k, v = record.q, record.k, record.v
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if any(s is not None and s.dtype not in KERNEL_DTYPES for s in (q, k, v)):
-        return f"the kernel writes {', '.join(KERNEL_DTYPES)} only"
-    norms = [s.norm for s in (q, k, v) if s is not None and s.norm is not None]
-    if any(n.kind not in KERNEL_NORMS for n in norms):
-        return f"the kernel knows the norm kinds {', '.join(KERNEL_NORMS)} only"
-    if q.rotation is not None and q.rotation.by_head:
-        return "each head turns by tables of its own"
-    if any(s is not None and len(s.passes) > 2 for s in (q, k)):
-        return "the kernel passes at most two runs of channels through"
-    if v is not None and (v.norm or v.rotation or v.has_scale or v.scale != 1.0):
-        return "the kernel only copies v"
-    expected = (True, k is not None, v is not None)
-    if any(n is None for n, there in zip(facts.heads, expected, strict=True) if there):
-        return "a head count is symbolic"
-    if k is not None and v is not None and facts.heads[1] != facts.heads[2]:
-        return "k and v differ in heads"
-    if facts.batch is not None and facts.batch >= 2**16:
-        return "a grid has at most 65535 batch rows"
-    return None
+def _source(function: Any) -> str:
+    """The source of the module a function stands in; its own code where that has no file."""
+    function = getattr(function, "func", function)
+    try:
+        return inspect.getsource(inspect.getmodule(function) or function)
+    except (OSError, TypeError):
+        code = getattr(function, "__code__", None)
+        return repr((code.co_code, code.co_names, code.co_consts) if code else function)
 
 
-KERNEL_DTYPES = ("float32", "float16", "bfloat16")
-KERNEL_NORMS = tuple(KINDS)
+def drop(provider: Provider, doing: str, error: Exception) -> None:
+    """Ask a provider no more, and warn once."""
+    reason = (str(error).splitlines() or [""])[0]
+    with _lock:
+        if provider in _failed:
+            return
+        _failed[provider] = f"failed {doing}: {type(error).__name__}: {reason}"
+    log.warning("fxfuse: provider %s is asked no more, it %s", provider.name, _failed[provider])
+    log.debug("provider %s", provider.name, exc_info=error)
 
 
-@provider("triton", ("cuda",), _no_triton_kernel)
-def _triton(name: str, args: tuple[Any, ...], record: Record) -> tuple[Box, Box]:
-    from fxfuse.lowering import fused
-
-    return fused.lower(name, args, record)
+def failures() -> int:
+    """How many providers have raised so far."""
+    return len(_failed)
 
 
-@provider("loops", None, lambda facts: None)
-def _loops(name: str, args: tuple[Any, ...], record: Record) -> tuple[Box, Box]:
-    from fxfuse.lowering import loops
-
-    return loops.lower(name, args, record)
+def table_tag() -> str:
+    """The table as text, for the keys of Inductor's caches."""
+    return ",".join(f"{p.name}:{p.version}:{p in _failed}" for p in PROVIDERS)
 
 
 def choose(device_type: str, facts: Facts) -> Choice:
     """The provider that takes a call on a device type ("cuda" is ROCm too)."""
+    return _asked(device_type, facts)[1]
+
+
+def _asked(device_type: str, facts: Facts) -> tuple[Provider, Choice]:
     declined: list[tuple[str, str]] = []
-    for candidate in PROVIDERS:
-        if candidate.devices is not None and device_type not in candidate.devices:
-            reason: str | None = f"not for {device_type}"
-        else:
-            reason = candidate.declines(facts)
+    for provider in [p for p in PROVIDERS if facts.op in p.ops]:
+        reason = _reason(provider, device_type, facts)
         if reason is None:
-            return Choice(candidate.name, tuple(declined))
-        declined.append((candidate.name, reason))
-    raise LookupError(f"fxfuse: no provider takes a call on {device_type}: {declined}")
+            return provider, Choice(provider.name, tuple(declined))
+        declined.append((provider.name, reason))
+    raise LookupError(f"fxfuse: no provider takes {facts.op} on {device_type}: {declined}")
 
 
-def facts_of(record: Record, q: Box, k: Box | None, v: Box | None) -> Facts:
-    """Facts from tensors or boxes of [B, T, heads, D]."""
-
-    def number(size: Any) -> int | None:
-        return int(size) if isinstance(size, int) or getattr(size, "is_Integer", False) else None
-
-    shapes = [None if x is None else _shape(x) for x in (q, k, v)]
-    heads = tuple(None if shape is None else number(shape[2]) for shape in shapes)
-    return Facts(record, heads, number(_shape(q)[0]))
-
-
-def _shape(x: Box) -> Any:
-    return x.shape if isinstance(x, torch.Tensor) else x.get_size()
+def _reason(provider: Provider, device_type: str, facts: Facts) -> str | None:
+    """Why a provider does not take a call, or None."""
+    if provider in _failed:
+        return _failed[provider]
+    if provider.devices is not None and device_type not in provider.devices:
+        return f"not for {device_type}"
+    try:
+        return provider.declines(facts)
+    except Exception as error:
+        drop(provider, "declining", error)
+        return _failed[provider]
 
 
-# What each lowered call got, newest last; the report takes them from here.
+def facts_of(record: Record | AddNorm, tensors: Mapping[str, Any]) -> Facts:
+    """Facts from an op's tensors, or fakes of them, by the names of its arguments."""
+    given = {name: x for name, x in tensors.items() if isinstance(x, Tensor)}
+    dtypes, first = {name: x.dtype for name, x in given.items()}, next(iter(given.values()))
+    if isinstance(record, AddNorm):
+        shape = tuple(map(_number, first.shape))
+        return Facts(record, shape=shape, dtypes=dtypes, device=first.device)
+    heads = tuple(_number(given[n].shape[2]) if n in given else None for n in ("q", "k", "v"))
+    return Facts(record, heads, _number(first.shape[0]), dtypes=dtypes, device=first.device)
+
+
+def _number(size: Any) -> int | None:
+    return size if isinstance(size, int) else None
+
+
+# What each lowered call got, newest last.
 chosen: list[Choice] = []
+
+_starts_anew = contextvars.ContextVar("_starts_anew", default=False)
+
+
+@contextlib.contextmanager
+def starting_anew() -> Iterator[None]:
+    """Inside, a provider that fails to lower ends the compile: who is here compiles again. Else the
+    next provider goes on with the graph that the failed one leaves.
+    """
+    token = _starts_anew.set(True)
+    try:
+        yield
+    finally:
+        _starts_anew.reset(token)
 
 
 def _lower(name: str, *args: Any) -> tuple[Box, Box]:
-    record = fxfuse.ops.read_record(args[-1])
-    v = args[2] if name == "norm_rope_store_" else None
-    choice = choose(args[0].get_device().type, facts_of(record, args[0], args[1], v))
-    chosen.append(choice)
-    taker = next(p for p in PROVIDERS if p.name == choice.provider)
-    return taker.lower(name, args, record)
+    from fxfuse.lowering import inductor
+
+    record = OPS[name](args[-1])
+    facts = facts_of(record, dict(zip(arguments(name), inductor.fakes(), strict=True)))
+    device_type = facts.device.type if facts.device else "cpu"
+    while True:
+        taker, choice = _asked(device_type, facts)
+        try:
+            results = taker.lower(name, args, record)
+        except Exception as error:
+            last = taker is [p for p in PROVIDERS if name in p.ops][-1]
+            if last:
+                raise
+            drop(taker, "lowering", error)
+            if _starts_anew.get():
+                raise
+            continue
+        chosen.append(choice)
+        return results
+
+
+@functools.cache
+def arguments(name: str) -> tuple[str, ...]:
+    """The names of an op's arguments."""
+    return tuple(a.name for a in getattr(torch.ops.fxfuse, name).default._schema.arguments)
 
 
 @functools.cache
 def register() -> None:
     """Hand the ops to Inductor; call before compile_fx. Once a process is enough."""
-    from fxfuse.lowering import inductor, norm_launch
+    from fxfuse.lowering import inductor
 
-    for name in ("norm_rope", "norm_rope_store_"):
+    for name in OPS:
         op = getattr(torch.ops.fxfuse, name).default
         inductor.register_op(op, functools.partial(_lower, name))
-    inductor.register_op(torch.ops.fxfuse.add_rms_norm.default, norm_launch.lower)

@@ -1,0 +1,72 @@
+"""Our own providers, entered into the table in turn: the last one is asked first.
+
+Loops take every call on every device, Triton's kernels those that they know on a GPU.
+"""
+
+import importlib.util
+from typing import Any
+
+from fxfuse.lowering import norm_launch
+from fxfuse.lowering.launch import KINDS
+from fxfuse.lowering.providers import Box, Facts, register_provider
+from fxfuse.patterns.record import Record
+
+KERNEL_DTYPES = ("float32", "float16", "bfloat16")
+KERNEL_NORMS = tuple(KINDS)
+ROPE_OPS = ("norm_rope", "norm_rope_store_")
+
+
+def _no_triton_kernel(facts: Facts) -> str | None:
+    record = facts.record
+    assert isinstance(record, Record)
+    q, k, v = record.q, record.k, record.v
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if any(s is not None and s.dtype not in KERNEL_DTYPES for s in (q, k, v)):
+        return f"the kernel writes {', '.join(KERNEL_DTYPES)} only"
+    norms = [s.norm for s in (q, k, v) if s is not None and s.norm is not None]
+    if any(n.kind not in KERNEL_NORMS for n in norms):
+        return f"the kernel knows the norm kinds {', '.join(KERNEL_NORMS)} only"
+    if q.rotation is not None and q.rotation.by_head:
+        return "each head turns by tables of its own"
+    if any(s is not None and len(s.passes) > 2 for s in (q, k)):
+        return "the kernel passes at most two runs of channels through"
+    if v is not None and (v.norm or v.rotation or v.has_scale or v.scale != 1.0):
+        return "the kernel only copies v"
+    expected = (True, k is not None, v is not None)
+    if any(n is None for n, there in zip(facts.heads, expected, strict=True) if there):
+        return "a head count is symbolic"
+    if k is not None and v is not None and facts.heads[1] != facts.heads[2]:
+        return "k and v differ in heads"
+    if facts.batch is not None and facts.batch >= 2**16:
+        return "a grid has at most 65535 batch rows"
+    return None
+
+
+def _triton(name: str, args: tuple[Any, ...], record: Record) -> tuple[Box, Box]:
+    from fxfuse.lowering import fused
+
+    return fused.lower(name, args, record)
+
+
+def _loops(name: str, args: tuple[Any, ...], record: Record) -> tuple[Box, Box]:
+    from fxfuse.lowering import loops
+
+    return loops.lower(name, args, record)
+
+
+NORM = "add_rms_norm"
+
+register_provider("loops", lower=_loops, ops=ROPE_OPS, version="")
+register_provider(
+    "triton", lower=_triton, ops=ROPE_OPS, devices=("cuda",), declines=_no_triton_kernel, version=""
+)
+register_provider("loops", lower=norm_launch.loops, ops=(NORM,), version="")
+register_provider(
+    "triton",
+    lower=norm_launch.lower,
+    ops=(NORM,),
+    devices=("cuda",),
+    declines=norm_launch.declines,
+    version="",
+)
