@@ -1,12 +1,13 @@
 """Our own providers, entered into the table in turn: the last one is asked first.
 
-Loops take every call on every device, Triton's kernels those that they know on a GPU.
+Loops take every call on every device, Triton's kernels those that they know on a GPU, other
+libraries those whose kernels compute exactly what the op does.
 """
 
 import importlib.util
 from typing import Any
 
-from fxfuse.lowering import norm_launch
+from fxfuse.lowering import libraries, norm_launch
 from fxfuse.lowering.launch import KINDS
 from fxfuse.lowering.providers import Box, Facts, register_provider
 from fxfuse.patterns.record import Record
@@ -70,3 +71,5 @@ register_provider(
     declines=norm_launch.declines,
     version="",
 )
+for _library in libraries.LIBRARIES:
+    libraries.enter(_library)

@@ -87,7 +87,7 @@ def test_the_newest_is_asked_first_and_removed_again() -> None:
 @pytest.mark.null
 def test_ours_are_entries_of_the_same_table() -> None:
     names = {p.name for p in providers.PROVIDERS}
-    assert names == {"loops", "triton"}
+    assert names == {"loops", "triton", "flashinfer", "aiter", "vllm"}
 
 
 @pytest.mark.null
