@@ -168,6 +168,8 @@ def divide(size: Size, by: Size) -> Size | None:
     if isinstance(size, int) and isinstance(by, int):
         return size // by if by and size % by == 0 else None
     quotient = sympy.sympify(size) / by
+    if quotient.is_Integer:
+        return int(quotient)
     return quotient if quotient.as_numer_denom()[1] == 1 else None
 
 

@@ -249,7 +249,9 @@ def _unturned(value: Value, dims: list[int], turning: set[int], *, rotates: bool
     if len(dims) == 2:
         # Tokens without a batch axis; one token is an axis of size 1.
         tokens_first = turning == {0} or (not value.dims[0] and not turning)
-        return [1] if rotates and tokens_first else []
+        if not rotates:
+            return [d for d in [1, 0] if not value.dims[d]][:1]
+        return [1] if tokens_first else []
     if len(dims) < 3:
         return []
     free = [d for d in [1, 2, 0] if d in dims and d not in turning]

@@ -79,7 +79,7 @@ class Frontier:
             return
         slot = call.outs[0]
         value = self.reading.values[slot]
-        if not self._computes(call):
+        if not self._computes(call) and not self._parts_rows(call):
             return
         if is_rotated(value):
             self._try(call, slot, value, "decode")
@@ -129,6 +129,18 @@ class Frontier:
         if len(x) < 2 or not y or x[-1] == y[-1] or x[:-2] != y[:-1]:
             return False
         return y[-1] == (*x[-2], *x[-1])
+
+    def _parts_rows(self, call: Call) -> bool:
+        """Whether a view gives tokens and heads axes of their own, of a norm over rows of heads
+        that one axis held: as the stream's end it leaves q and k where they lie.
+        """
+        values, value = self.reading.values, self.reading.values[call.outs[0]]
+        slot = before = call.inputs()[0]
+        while slot.call is not None and self.reading.relations.get(slot.call) == "view":
+            slot = slot.call.inputs()[0]
+        every = (values[slot].dims[:-1], values[before].dims, value.dims)
+        joined = [any(len(dim) > 1 for dim in dims) for dims in every]
+        return joined == [True, True, False] and statistic_in(value) in self.readers
 
     def _is_needed(self, slot: Slot) -> bool:
         consumers = self.uses.consumers.get(slot, [])

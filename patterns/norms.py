@@ -215,14 +215,37 @@ def base_of(statistic: Factor, base: Leaf) -> Factor:
             kept = [d for d in kept if keepdim or d not in reduced]
         held = [t.factors[0] for t in inner.terms if t.factors and t.factors[0].leaf.kind is DATA]
         dims = [inner.dims[d] for d in kept]
-        if len(held) != 1 or inner.explicit or any(len(dim) > 1 for dim in dims):
-            raise Refused("a statistic of regrouped rows")
-        places = {d[0]: at for d, at in zip(dims, factor.axes, strict=True) if d} | places
+        if len(held) != 1 or inner.explicit:
+            raise Refused("a statistic of several rows")
+        for dim, at in zip(dims, factor.axes, strict=True):
+            places |= _digits(at, dim)
         axes = tuple(composed(index, places) for index in held[0].axes)
         if any(len(set(index.offsets)) > 1 for index in axes):
             raise Refused("a statistic that differs by channel")
         factor = Factor(held[0].leaf, axes)
     return factor
+
+
+def _digits(index: Index, dim: tuple[Atom, ...]) -> dict[Atom, Index]:
+    """Where each atom of an axis stands, for an index on that axis: rows that were joined into one
+    axis and are taken apart the same way again. Raises Refused where it is another way.
+    """
+    offsets, parts = set(index.offsets), dict[Atom, Index]()
+    if len(dim) == 1:
+        return {dim[0]: index}
+    if offsets - {0}:
+        raise Refused("a statistic of regrouped rows")
+    strides = {a: s for a, s in index.strides if s}
+    for i, atom in enumerate(dim):
+        step = product(a.size for a in dim[i + 1 :])
+        # Of the first part no more may be walked than there is; of the others all of it, or none.
+        fits = [a for a, s in strides.items() if s == step and (i == 0 or a.size == atom.size)]
+        for a in fits[:1]:
+            del strides[a]
+        parts[atom] = Index((0,), tuple((a, 1) for a in fits[:1]))
+    if strides:
+        raise Refused("a statistic of regrouped rows")
+    return parts
 
 
 def rows_of(factor: Factor) -> list[tuple[int, frozenset[tuple[Atom, int]]]]:

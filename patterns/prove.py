@@ -17,7 +17,16 @@ from fxfuse import reference
 from fxfuse.patterns.evaluate import evaluate
 from fxfuse.patterns.fingerprint import fingerprint
 from fxfuse.patterns.site import Access, Decoded
-from fxfuse.patterns.value import Atom, Definition, Index, Leaf, Size, Value
+from fxfuse.patterns.value import (
+    Atom,
+    Definition,
+    Index,
+    Leaf,
+    Size,
+    Value,
+    is_statistic,
+    product,
+)
 from fxfuse.slots import Scalar
 
 TOLERANCE = 1e-9
@@ -133,9 +142,9 @@ class _Sizes:
         for term in value.terms:
             for factor in term.factors:
                 axes = {
-                    j: small[index.strides[0][0]]
+                    j: small[parts[0]] * product(a.size for a in parts[1:])
                     for j, index in enumerate(factor.axes)
-                    if len(index.strides) == 1 and index.strides[0][0] in small
+                    if (parts := _parts(index)) and parts[0] in small
                 }
                 self.axes |= {(factor.leaf, j): n for j, n in axes.items()}
                 if factor.leaf.definition is not None and factor.leaf not in self.operands:
@@ -146,20 +155,39 @@ class _Sizes:
             kept = list(range(len(operand.dims)))
             if definition.op == "mean" and not definition.params[1]:
                 kept = [d for d in kept if d not in definition.params[0]]
-            walked = {operand.dims[kept[j]]: n for j, n in axes.items() if j < len(kept)}
-            if any(len(dim) != 1 for dim in walked):
-                raise Untried("a row statistic over regrouped rows cannot be tried")
-            self._walk(operand, {dim[0]: n for dim, n in walked.items()})
+            small: dict[Atom, int] = {}
+            for dim, n in ((operand.dims[kept[j]], n) for j, n in axes.items() if j < len(kept)):
+                # Of joined rows the outermost part is the one that became smaller.
+                rest = product(a.size for a in dim[1:])
+                if not dim or not isinstance(rest, int) or n % rest:
+                    raise Untried("a row statistic over regrouped rows cannot be tried")
+                small[dim[0]] = n // rest
+            self._walk(operand, small)
+
+
+def _parts(index: Index) -> tuple[Atom, ...]:
+    """The atoms that walk an axis, the outermost first; none where a stride is symbolic."""
+    if not all(isinstance(stride, int) for _, stride in index.strides):
+        return ()
+    return tuple(a for a, _ in sorted(index.strides, key=lambda walk: -walk[1]))
 
 
 def _walks_whole_axes(value: Value, atom: Atom) -> bool:
-    """Whether every leaf axis that the atom walks is walked by it alone, from end to end."""
+    """Whether every leaf axis that the atom walks is walked from end to end, by it alone; of a
+    statistic, whose rows may be joined, by it as the outermost.
+    """
 
-    def whole(index: Index, size: Size) -> bool:
-        return index.strides == ((atom, 1),) and atom.size == size and not any(index.offsets)
+    def whole(leaf: Leaf, index: Index, size: Size) -> bool:
+        parts, step = _parts(index), 1
+        for part in reversed(parts):
+            if index.stride(part) != step:
+                return False
+            step *= part.size
+        first = parts[:1] == (atom,) and (len(parts) == 1 or is_statistic(leaf))
+        return first and step == size and not any(index.offsets)
 
     return all(
-        whole(index, size)
+        whole(factor.leaf, index, size)
         for term in value.terms
         for factor in term.factors
         for index, size in zip(factor.axes, factor.leaf.shape, strict=True)
