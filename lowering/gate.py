@@ -44,8 +44,8 @@ class Entry:
 # an H200 (benchmarks/results).
 ATTENTION_GAINS = ((1, 2.9), (64, 2.0), (1024, 1.8), (None, 1.2))
 
-# `benchmarks/add_norm.py` on an H200 (of q and k's norms, what they add to attention); less than 1
-# is a loss.
+# `fxfuse bench add_norm` and `qk_norm` on an H200 (of q and k's norms, what they add to attention);
+# less than 1 is a loss.
 _AS_FAST = "Inductor's own kernel is as fast"
 
 TABLE = (

@@ -20,6 +20,7 @@ from torch._inductor.utils import fresh_cache
 
 import fxfuse
 from fxfuse import reference
+from fxfuse.bench import measure, opponents, recipes
 from fxfuse.lowering import libraries, providers
 from fxfuse.patterns.record import AddNorm, Norm
 from tests.norm_toys import Residual, pre_norm
@@ -253,6 +254,19 @@ def test_a_library_that_changed_its_rounding_is_seen_before_it_is_used(installed
         installed("aiter", rmsnorm2d_fwd=wrong)
         reason = reason_of("aiter", record, given)
         assert reason == "tried on a few rows, its norm is another"
+
+
+@pytest.mark.null
+@pytest.mark.parametrize("recipe", ["add_norm", "qk_norm"])
+def test_the_bench_calls_flashinfer_too(recipe: str, installed: Any) -> None:
+    calls = installed("flashinfer")
+    for case in recipes.cases(recipe, "cpu", [5]):
+        row = measure.measure(case, "cpu", [opponents.OPPONENTS["flashinfer"]], 1, 1e3)
+        assert row.figures["flashinfer"].wrong is None
+    kernels = {"add_norm": flashinfer_add, "qk_norm": flashinfer}
+    assert {MODULES["flashinfer.norm"][c].__qualname__.split(".")[0] for c in calls} == {
+        kernels[recipe].__name__
+    }
 
 
 # --- in compiled graphs ------------------------------------------------------------------------

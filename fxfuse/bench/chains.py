@@ -6,6 +6,7 @@ positions are arguments. Each chain returns what attention reads and writes its 
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention as attention
 
 from fxfuse.bench.shapes import Shape
 
@@ -71,7 +72,7 @@ class Chain(nn.Module):
     def __init__(self, shape: Shape, table: Tensor | None = None) -> None:
         super().__init__()
         self.shape = shape
-        self.turn = ROTATIONS[shape.rotation]
+        self.turn = ROTATIONS[shape.rotation or "half"]
         weight = torch.randn(2, shape.head_dim, dtype=torch.bfloat16)
         self.q_weight = nn.Parameter(weight[0].clone(), requires_grad=False)
         self.k_weight = nn.Parameter(weight[1].clone(), requires_grad=False)
@@ -180,3 +181,36 @@ class RopeStore(Chain):
         k_cache.index_put_((slots,), k)
         v_cache.index_put_((slots,), v)
         return q
+
+
+class PackedQkNorm(Chain):
+    """QK-norm of rows of heads cut out of one packed qkv [T, (H + 2 G) * D], and attention."""
+
+    def forward(self, qkv: Tensor) -> Tensor:
+        q, k, v = torch.split(qkv, self.shape.widths(), dim=-1)
+        rows = (-1, self.shape.head_dim)
+        q_out, k_out = self.normed(q.reshape(rows), k.reshape(rows))
+        return attended(q_out.view(q.shape), k_out.view(k.shape), v, self.shape)
+
+
+def attended(q: Tensor, k: Tensor, v: Tensor, shape: Shape) -> Tensor:
+    """Attention of all tokens with each other. Shapes: q [T, H * D], k, v [T, G * D]."""
+    heads = (len(q), -1, shape.head_dim)
+    q, k, v = (x.view(heads).transpose(0, 1)[None] for x in (q, k, v))
+    if shape.kv_heads > shape.heads:
+        # Each q meets several heads of k.
+        q = q.repeat_interleave(shape.kv_heads // shape.heads, 1)
+    return attention(q, k, v, enable_gqa=True)
+
+
+class AddNorm(Chain):
+    """Residual add and RMSNorm over the hidden width: [T, hidden] each, sum and norm returned."""
+
+    def __init__(self, shape: Shape, table: Tensor | None = None) -> None:
+        super().__init__(shape, table)
+        weight = torch.randn(shape.hidden, dtype=torch.bfloat16)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        total = x + residual
+        return total, NORMS[self.shape.norm or "rms"](total, self.weight, self.shape.eps)

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 import fxfuse
-from fxfuse.bench.chains import Chain
+from fxfuse.bench.chains import NORMS, Chain, attended
 from fxfuse.bench.peers import PEERS, Peer
-from fxfuse.bench.recipes import Case
+from fxfuse.bench.recipes import RECIPES, Case
 
 Outputs = Tensor | tuple[Tensor, ...]
 Run = Callable[..., Outputs]
@@ -57,11 +57,47 @@ def compiled(**how: Any) -> Callable[[Case, Chain], Run]:
     return build
 
 
+def fused(case: Case, chain: Chain) -> Run:
+    """fxfuse as its recipe runs it."""
+    backend = fxfuse.Backend(gate=RECIPES[case.recipe].gate)
+    return compiled(backend=backend)(case, chain)
+
+
+def two_kernels(streams: bool) -> Callable[[Case, Chain], Run]:
+    """The norms of q and of k as a kernel each, of Inductor's; on two streams, k's beside q's."""
+
+    def build(case: Case, chain: Chain) -> Run:
+        shape, norm = case.shape, torch.compile(NORMS[case.shape.norm or "rms"], dynamic=False)
+        beside: Any = torch.cuda.Stream() if streams else None  # type: ignore[no-untyped-call]
+
+        def normed(x: Tensor, weight: Tensor) -> Tensor:
+            return norm(x.view(len(x), -1, shape.head_dim), weight, shape.eps).flatten(-2)
+
+        def run(qkv: Tensor) -> Tensor:
+            q, k, v = torch.split(qkv, shape.widths(), dim=-1)
+            if beside is None:
+                q, k = normed(q, chain.q_weight), normed(k, chain.k_weight)
+                return attended(q, k, v, shape)
+            here = torch.cuda.current_stream()
+            beside.wait_stream(here)
+            with torch.cuda.stream(beside):
+                k = normed(k, chain.k_weight)
+            q = normed(q, chain.q_weight)
+            here.wait_stream(beside)
+            return attended(q, k, v, shape)
+
+        return run
+
+    return build
+
+
 def _peer(recipes: dict[str, Peer]) -> Callable[[Case, Chain], Run]:
     return lambda case, chain: recipes[case.recipe](case, chain)
 
 
 TUNED = {"max_autotune": True, "coordinate_descent_tuning": True}
+
+QK_NORM = frozenset({"qk_norm"})
 
 OPPONENTS = {
     opponent.name: opponent
@@ -70,7 +106,9 @@ OPPONENTS = {
         Opponent("combo", compiled(options={"combo_kernels": True})),
         # No CUDA graphs of its own: every opponent is captured alike.
         Opponent("max_autotune", compiled(options=TUNED)),
-        Opponent("fxfuse", compiled(backend=fxfuse.backend), ("cuda", "cpu")),
+        Opponent("fxfuse", fused, ("cuda", "cpu")),
+        Opponent("two_kernels", two_kernels(streams=False), recipes=QK_NORM),
+        Opponent("two_streams", two_kernels(streams=True), recipes=QK_NORM),
         *(
             Opponent(
                 package,

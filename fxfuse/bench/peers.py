@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxfuse.bench.chains import Chain
+from fxfuse.bench.chains import Chain, attended
 from fxfuse.bench.recipes import ROPE_BASE, Case
 
 Peer = Callable[[Case, Chain], Callable[..., Any]]
@@ -59,8 +59,47 @@ def _rope_store(rotate: Rotate) -> Peer:
     return build
 
 
+def _qk_norm(norm: Norm, gemma: Norm) -> Peer:
+    """RMSNorm of q and of k, then torch's attention."""
+
+    def build(case: Case, chain: Chain) -> Callable[..., Any]:
+        shape, kernel = case.shape, gemma if case.shape.norm == "gemma" else norm
+
+        def run(qkv: Tensor) -> Tensor:
+            q, k, v = torch.split(qkv, shape.widths(), dim=-1)
+            q, k = (
+                kernel(x.reshape(-1, shape.head_dim), weight, shape.eps).view(x.shape)
+                for x, weight in ((q, chain.q_weight), (k, chain.k_weight))
+            )
+            return attended(q, k, v, shape)
+
+        return run
+
+    return build
+
+
+def _add_norm(module: str, plain: str, gemma: str) -> Peer:
+    """Both results in place: the norm in x, the sum in the residual."""
+
+    def build(case: Case, chain: Chain) -> Callable[..., Any]:
+        kernel = getattr(import_module(module), gemma if case.shape.norm == "gemma" else plain)
+
+        def run(x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+            kernel(x, residual, chain.weight, case.shape.eps)
+            return residual, x
+
+        return run
+
+    return build
+
+
+def _flashinfer_gemma(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    out: Tensor = import_module("flashinfer.norm").gemma_rmsnorm(x, weight, eps)
+    return out
+
+
 def _flashinfer_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    out: Tensor = import_module("flashinfer").rmsnorm(x, weight, eps)
+    out: Tensor = import_module("flashinfer.norm").rmsnorm(x, weight, eps)
     return out
 
 
@@ -162,11 +201,14 @@ PEERS: dict[str, dict[str, Peer]] = {
     "flashinfer": {
         "diffusion": _norm_rope(_flashinfer_norm, _flashinfer_rotate),
         "rope_store": _rope_store(_flashinfer_rotate),
+        "qk_norm": _qk_norm(_flashinfer_norm, _flashinfer_gemma),
+        "add_norm": _add_norm("flashinfer.norm", "fused_add_rmsnorm", "gemma_fused_add_rmsnorm"),
     },
     "sgl_kernel": {
         "diffusion": _norm_rope(_sgl_norm, _sgl_rotate),
         "rope_store": _sgl_rope_store,
         "packed": _sgl_packed,
+        "add_norm": _add_norm("sgl_kernel", "fused_add_rmsnorm", "gemma_fused_add_rmsnorm"),
     },
     "vllm": {
         "diffusion": _norm_rope(_vllm_norm, _vllm_rotate),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fxfuse.bench import chains, shapes
 from fxfuse.bench.shapes import Shape
+from fxfuse.settings import Gate
 
 TABLE_ROWS = 131072
 ROPE_BASE = 1e4
@@ -55,7 +56,11 @@ class Inputs:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """One recipe; `chains` names its layouts, the first of them the default."""
+    """One recipe; `chains` names its layouts, the first of them the default.
+
+    gate   of the fxfuse that runs it: "always" where by itself it would leave the chain to Inductor
+    first  stages in front of the norm
+    """
 
     shapes: tuple[Shape, ...]
     tokens: tuple[int, ...]
@@ -63,6 +68,8 @@ class Recipe:
     looks_up: bool
     store: bool
     draw: Callable[[Case, str, torch.Generator], Inputs]
+    gate: Gate = "auto"
+    first: tuple[str, ...] = ()
 
 
 def _normal(device: str, generator: torch.Generator) -> Callable[..., Tensor]:
@@ -118,6 +125,15 @@ def _draw_rope_store(case: Case, device: str, generator: torch.Generator) -> Inp
     return Inputs((*qkv, positions, slots, *caches), caches, slots, gathered=gathered)
 
 
+def _draw_qk_norm(case: Case, device: str, generator: torch.Generator) -> Inputs:
+    return Inputs((_normal(device, generator)(case.tokens, sum(case.shape.widths())),))
+
+
+def _draw_add_norm(case: Case, device: str, generator: torch.Generator) -> Inputs:
+    draw = _normal(device, generator)
+    return Inputs(tuple(draw(case.tokens, case.shape.hidden) for _ in range(2)))
+
+
 LONG = (1, 16, 256, 4096, 16384)
 RECIPES = {
     "prelude": Recipe(
@@ -152,6 +168,25 @@ RECIPES = {
         store=False,
         draw=_draw_packed,
     ),
+    "qk_norm": Recipe(
+        shapes.QK_NORMS,
+        (1, 16, 256),
+        {"packed": chains.PackedQkNorm},
+        looks_up=False,
+        store=False,
+        draw=_draw_qk_norm,
+        gate="always",
+    ),
+    "add_norm": Recipe(
+        shapes.ADD_NORMS,
+        (1, 256, 4096),
+        {"rows": chains.AddNorm},
+        looks_up=False,
+        store=False,
+        draw=_draw_add_norm,
+        gate="always",
+        first=("add",),
+    ),
 }
 CPU_TOKENS = (1, 64, 1024)
 
@@ -176,7 +211,8 @@ def _stages(shape: Shape, entry: Recipe) -> str:
     """The stages that a report names where the whole chain is fused."""
     norm = {"rms": ["rms_norm"], "gemma": ["rms_norm(1+w)"]}.get(shape.norm or "", [])
     rope = "rope(by position)" if shape.rotation in chains.LOOKED_UP else "rope"
-    return " + ".join([*norm, rope, *(["store(k,v)"] if entry.store else [])])
+    turn = [rope] if shape.rotation else []
+    return " + ".join([*entry.first, *norm, *turn, *(["store(k,v)"] if entry.store else [])])
 
 
 @functools.lru_cache(maxsize=2)

@@ -9,7 +9,7 @@ class Shape:
     """Sizes and spelling of one chain.
 
     norm      "rms", "gemma" (1 + w) or None
-    rotation  "half", "chunk" (tables as arguments), "neox", "gptj" (looked up by position)
+    rotation  "half", "chunk" (tables as arguments), "neox", "gptj" (looked up by position), or ""
     rotary    R: channels of a head that turn, the first ones
     hidden    width of the model, for the products before and after a prelude; 0 where unknown
     tokens    T of the rows that are run unless others are asked for; empty: the recipe's own
@@ -73,4 +73,15 @@ PACKED = (
     Shape("32/8/8/128", 32, 8, 128, "rms", "gptj", 128, eps=1e-5, carried=_PACKED),
     Shape("32/8/8/64", 32, 8, 64, "rms", "gptj", 64, eps=1e-5),
     Shape("16/4/4/256", 16, 4, 256, "rms", "gptj", 256, eps=1e-5),
+)
+
+QK_NORMS = (
+    Shape("Qwen3-8B", 32, 8, 128, "rms", "", 0, hidden=4096),
+    Shape("Qwen3.5-397B/8", 4, 1, 256, "gemma", "", 0, hidden=4096),
+    Shape("more heads of k", 8, 16, 128, "gemma", "", 0),
+)
+ADD_NORMS = (
+    Shape("1024", 16, 8, 128, "rms", "", 0, hidden=1024),
+    Shape("4096", 32, 8, 128, "rms", "", 0, hidden=4096),
+    Shape("Gemma 3840", 16, 8, 256, "gemma", "", 0, hidden=3840),
 )
