@@ -146,7 +146,11 @@ def _provider(site: Site, settings: Settings) -> Choice:
 
     streams = {"q": site.q, "k": site.k, "v": site.v}
     heads = tuple(size(stream, 2) for stream in streams.values())
-    dtypes = {name: s.x.leaf.dtype for name, s in streams.items() if s is not None}
+    if site.k is not None and site.is_single():
+        heads = (0, *heads[1:])
+    dtypes = {n: s.x.leaf.dtype.to_real() for n, s in streams.items() if s is not None}
+    caches = {"k_cache": site.k_store, "v_cache": site.v_store}
+    dtypes |= {name: store.cache.dtype for name, store in caches.items() if store is not None}
     device = site.q.slot.device
     return choose(device.type, Facts(site.record, heads, size(site.q, 0), (), dtypes, device))
 

@@ -48,7 +48,8 @@ class Facts:
     heads   of q, k, v; None where a stream is absent too; empty for add_rms_norm
     batch   B of q
     shape   of add_rms_norm's x
-    dtypes  of the tensors the op gets, by the names of its arguments
+    dtypes  of q, k, v and their caches, or of add_rms_norm's tensors, by the names of the op's
+            arguments; of those that are there
     device  where they are, None where unknown
     """
 
@@ -243,9 +244,13 @@ def _reason(provider: Provider, device_type: str, facts: Facts) -> str | None:
         return _failed[provider]
 
 
+# The arguments whose dtypes are facts.
+TOLD = ("x", "residual", "second", "weight", "q", "k", "v", "k_cache", "v_cache")
+
+
 def facts_of(record: Record | AddNorm, tensors: Mapping[str, Any]) -> Facts:
     """Facts from an op's tensors, or fakes of them, by the names of its arguments."""
-    given = {name: x for name, x in tensors.items() if isinstance(x, Tensor)}
+    given = {name: x for name, x in tensors.items() if isinstance(x, Tensor) and name in TOLD}
     dtypes, first = {name: x.dtype for name, x in given.items()}, next(iter(given.values()))
     if isinstance(record, AddNorm):
         shape = tuple(map(_number, first.shape))

@@ -125,6 +125,11 @@ def test_who_raises_while_declining_is_dropped_with_one_warning(
     assert "provider broken is asked no more, it failed declining" in warning
 
 
+def k_alone(q: Tensor, k: Tensor, v: Tensor, ks: Tensor, vs: Tensor, slots: Tensor) -> Any:
+    ks.index_copy_(2, slots, k)
+    return q.sum() + v.sum(), ks.sum()
+
+
 # --- in compiled graphs ------------------------------------------------------------------------
 
 
@@ -162,6 +167,30 @@ def test_a_refusal_is_in_the_report() -> None:
     assert report.fused[1].declined[0] == ("mine", reason)
     assert f"declined 2 × fxfuse::add_rms_norm by mine: {reason}" in str(report)
     assert ["mine", reason] in json.loads(report.to_json())["fused"][1]["declined"]
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize(
+    ("toy", "memory"),
+    [
+        (Residual(pre_norm), []),
+        (NormedAttention(), []),
+        (Layer(by_index_copy), caches()),
+        (Layer(k_alone), caches()),
+    ],
+    ids=["sums", "norms", "stores", "one store"],
+)
+def test_the_report_and_the_lowering_ask_with_the_same_facts(toy: Any, memory: Any) -> None:
+    seen: list[providers.Facts] = []
+
+    def declines(facts: providers.Facts) -> str:
+        seen.append(facts)
+        return "only looking"
+
+    with fxfuse.register_provider("look", by_reference, ops=providers.OPS, declines=declines):
+        report = run(toy, hidden_states(), *(m.clone() for m in memory))
+    first, second = seen[: len(report.fused)], seen[len(report.fused) :]
+    assert first == second and len(first) == len(report.fused) > 0
 
 
 @pytest.mark.cpu
