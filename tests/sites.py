@@ -244,6 +244,7 @@ def operands(
         places = torch.randint(-50, 50, (batch, tokens), generator=generator)
         tensors["positions"] = places.to(device)
     if record.store:
+        slots = max(slots, batch * tokens)
         by_row = batch if "b" not in record.store.k.axes else 1
         order = torch.randperm(slots, generator=generator)[: by_row * tokens].to(device)
         wraps = record.store.negative == "wrap"

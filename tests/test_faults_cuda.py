@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fxfuse
-from tests.sites import LOOKED_UP, NORM, SITES, Operands, Store, halves, neighbours, operands, site
+from tests.sites import LOOKED_UP, NORM, SITES, Operands, cached, halves, neighbours, operands, site
 from tests.test_flat import Rotated, returned
 from tests.test_head_sizes import GROUPS, HEAD_SIZES, Latent
 from tests.test_kernels_cuda import agree, compiled, fresh_dynamo, registered  # noqa: F401
@@ -40,7 +40,7 @@ def test_a_turned_half_of_many_heads_is_the_same_six_times(
 @pytest.mark.parametrize("channels", HEAD_SIZES)
 def test_every_head_size(rope: Any, channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
     turn = rope(channels, channels // 4 * 2)
-    monkeypatch.setitem(SITES, "sized", site(channels, turn, norm=NORM, store=Store(True)))
+    monkeypatch.setitem(SITES, "sized", site(channels, turn, norm=NORM, store=cached(True)))
     for heads, kv_heads in GROUPS:
         sizes = {"tokens": 7, "heads": heads, "kv_heads": kv_heads, "slots": 32}
         case = operands("sized", **sizes, dtype=BF16, device="cuda")

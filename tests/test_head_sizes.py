@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import fxfuse
-from tests.sites import NORM, SITES, Store, halves, neighbours, operands, site
+from tests.sites import NORM, SITES, cached, halves, neighbours, operands, site
 from tests.spellings import Rope, cohere, llama, narrow, pairs
 from tests.toys import Layer, Sizes, assert_like, compiled_like_eager, hidden_states
 
@@ -93,7 +93,7 @@ def test_a_kernel_compiles_for_every_head_size(
     from tests.test_kernels_aot import planned, source
 
     rotary = channels // 4 * 2
-    record = site(channels, rope(channels, rotary), norm=NORM, store=Store(True))
+    record = site(channels, rope(channels, rotary), norm=NORM, store=cached(True))
     monkeypatch.setitem(SITES, "sized", dataclasses.replace(record))
     case = operands("sized", heads=6, kv_heads=4, tokens=32, slots=64, dtype=torch.bfloat16)
     plan = planned(case)

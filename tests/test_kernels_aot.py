@@ -17,6 +17,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from fxfuse.lowering import kernels, launch  # noqa: E402
+from fxfuse.lowering.operand import Operand  # noqa: E402
 
 pytestmark = pytest.mark.aot
 
@@ -45,7 +46,7 @@ def planned(case: Operands, symbolic: bool = False) -> launch.Launch:
         tensors["k_out"] = k
     number = sympy.Integer if symbolic else int
     facts = {
-        name: launch.Operand(x, tuple(x.shape), tuple(map(number, x.stride())))
+        name: Operand(x, tuple(x.shape), tuple(map(number, x.stride())))
         for name, x in tensors.items()
         if x is not None
     }

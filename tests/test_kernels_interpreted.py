@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.sites import NORM, SITES, Operands, Store, halves, neighbours, operands, site, untouched
+from tests.sites import NORM, SITES, Operands, cached, halves, neighbours, operands, site, untouched
 from tests.test_head_sizes import GROUPS, HEAD_SIZES
 
 pytestmark = pytest.mark.aot
@@ -84,7 +84,7 @@ def main() -> None:
     for channels in HEAD_SIZES:
         for rope in (halves, neighbours):
             turn = rope(channels, channels // 4 * 2)
-            SITES["sized"] = site(channels, turn, norm=NORM, store=Store(True))
+            SITES["sized"] = site(channels, turn, norm=NORM, store=cached(True))
             for heads, kv_heads in GROUPS if channels == 48 else [(2, 3)]:
                 sizes = {"batch": 1, "tokens": 2, "heads": heads, "kv_heads": kv_heads}
                 check(without_neighbours(operands("sized", **sizes)))
