@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fxfuse import gradients, reference
+from fxfuse.patterns.axes import column_axes
 from fxfuse.patterns.record import Record, Stream
 
 NORM_ROPE = (
@@ -27,6 +28,9 @@ NORM_ROPE_STORE_ = (
     "Tensor? k_cache_scale, Tensor? v_cache_scale, float q_eps, float k_eps, str record) "
     "-> (Tensor, Tensor)"
 )
+
+# Where the positions stand behind q, k (and v) in both.
+POSITIONS = 8
 
 # Kept for the life of the process: a Library that is collected takes its ops with it.
 library: Any = torch.library.Library("fxfuse", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -54,7 +58,8 @@ def norm_rope(
         scales [B|1, T|1, H|1];
         cos, sin [B|1, T|1, Rt], or [B|1, T|1, H|1, Rt] where the record's rotation is by head;
         with positions [B|1, T|1] (integers, negative ones from the end) they are [1, N, Rt], and
-        token t of batch row b turns by row positions[b, t];
+        token t of batch row b turns by row positions[b, t], or, where the record's rotation has
+        an axis for each pair, pair i by row positions[axes[i], b, t] of [axes, B|1, T|1];
         results as q and k, [0] where k is absent or not kept.
     Layout: inputs any strides; results dense, [B, H, T, D] in memory where heads_first.
     Dtypes: any floating input; results as the record says.
@@ -132,11 +137,14 @@ def empty_results(q: Tensor, k: Tensor | None, record: Record) -> tuple[Tensor, 
 
 @functools.cache
 def read_record(text: str) -> Record:
-    """The record of an op call, refused where its channels do not tile a row."""
+    """The record of an op call, refused where its channels do not tile a row, or where pairs of
+    different axes share a column of a table.
+    """
     record = Record.from_text(text)
     for name, stream in (("q", record.q), ("k", record.k), ("v", record.v)):
         if stream is not None:
             _check_tiling(name, stream)
+    column_axes(record, "cos"), column_axes(record, "sin")
     return record
 
 
@@ -176,11 +184,28 @@ def _check_tokens(q: Tensor, **others: Tensor | None) -> None:
             )
 
 
+def _check_positions(positions: Tensor | None, record: Record) -> None:
+    turn = record.q.rotation
+    axes = turn.axes if turn is not None else ()
+    got = None if positions is None else tuple(positions.shape)
+    if axes and (got is None or len(got) != 3 or got[0] <= max(axes)):
+        wanted = f"[axes, B|1, T|1] with at least {max(axes) + 1} axes, as the record's pairs have"
+    elif not axes and got is not None and len(got) != 2:
+        wanted = "[B|1, T|1], one position a token, as the record's pairs have no axes"
+    else:
+        return
+    raise ValueError(
+        f"fxfuse: positions: got shape {got}, wanted {wanted}; "
+        "hand over the positions that the record was written for"
+    )
+
+
 def _norm_rope(q: Tensor, k: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     record = read_record(rest[-1])
     _check_row("q", q, record.q)
     _check_row("k", k, record.k)
     _check_tokens(q, k=k)
+    _check_positions(rest[POSITIONS], record)
     return _filled(q, k, reference.norm_rope(*(q, k, *rest[:-1], record)), record)
 
 
@@ -192,6 +217,7 @@ def _norm_rope_store_(
     _check_row("k", k, record.k)
     _check_row("v", v, record.v)
     _check_tokens(q, k=k, v=v)
+    _check_positions(rest[POSITIONS], record)
     return _filled(q, k, reference.norm_rope_store_(*(q, k, v, *rest[:-1], record)), record)
 
 
@@ -210,6 +236,7 @@ def _fake_norm_rope(q: Tensor, k: Tensor | None, *rest: Any) -> tuple[Tensor, Te
     record = read_record(rest[-1])
     _check_row("q", q, record.q)
     _check_row("k", k, record.k)
+    _check_positions(rest[POSITIONS], record)
     return empty_results(q, k, record)
 
 

@@ -10,6 +10,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from fxfuse.patterns.axes import column_axes, runs_of
 from fxfuse.patterns.norms import NORM_KINDS
 from fxfuse.patterns.record import AddNorm, Norm, Pair, Record, Rotation, Stream
 from fxfuse.reference_store import unrounded, write_
@@ -35,7 +36,7 @@ def norm_rope(
     record: Record,
 ) -> tuple[Tensor, Tensor | None]:
     """q and k after their record: scale * row_scale * norm/rope(x), see `row`; None without k."""
-    cos, sin = looked_up(cos, positions), looked_up(sin, positions)
+    cos, sin = tables(cos, sin, positions, record)
     q_row = row(q, record.q, q_weight, q_bias, q_scale, cos, sin, q_eps)
     if k is None or record.k is None:
         return q_row, None
@@ -69,7 +70,7 @@ def norm_rope_store_(
     store = record.store
     assert store is not None
     at = (slots, offsets)
-    cos, sin = looked_up(cos, positions), looked_up(sin, positions)
+    cos, sin = tables(cos, sin, positions, record)
     q_row = row(q, record.q, q_weight, q_bias, q_scale, cos, sin, q_eps)
     k_row = None
     if k is not None and record.k is not None:
@@ -85,14 +86,44 @@ def norm_rope_store_(
     return q_row, k_row
 
 
-def looked_up(table: Tensor | None, positions: Tensor | None) -> Tensor | None:
-    """A table's rows by position. Shapes: table [1, N, R], positions [B|1, T|1] -> [B|1, T|1, R];
-    the table itself where there are no positions.
+def tables(
+    cos: Tensor | None, sin: Tensor | None, positions: Tensor | None, record: Record
+) -> tuple[Tensor | None, Tensor | None]:
+    """cos and sin by token [B|1, T|1, R], taken by position where there are positions."""
+    return (
+        looked_up(cos, positions, column_axes(record, "cos")),
+        looked_up(sin, positions, column_axes(record, "sin")),
+    )
+
+
+def looked_up(
+    table: Tensor | None, positions: Tensor | None, axes: tuple[int, ...] = ()
+) -> Tensor | None:
+    """A table's rows by position: y[b, t, c] = table[0, positions[b, t], c], or, with an axis for
+    each column, table[0, positions[axes[c], b, t], c]; the table itself without positions.
+
+    Shapes: table [1, N, R]; positions [B|1, T|1] or [axes, B|1, T|1]; y [B|1, T|1, R], of as many
+        columns as there are axes.
     """
     if table is None or positions is None:
         return table
-    rows: Tensor = torch.ops.aten.index.Tensor(table[0], [positions])
+    index: list[Tensor] = [positions]
+    if axes:
+        columns = torch.arange(len(axes), device=positions.device)
+        index = [by_column(positions, columns, axes), columns]
+    rows: Tensor = torch.ops.aten.index.Tensor(table[0], index)
     return rows
+
+
+def by_column(positions: Tensor, columns: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """y[b, t, c] = positions[axes[c], b, t]. Shapes: [axes, B, T], [R] -> [B, T, R]."""
+    base, *runs = runs_of(axes)
+    y = positions[base.axis].unsqueeze(-1).expand(-1, -1, len(axes))
+    for run in runs:
+        at = columns - run.first
+        own = (at >= 0) & (at < run.step * run.count) & (at % run.step == 0)
+        y = torch.where(own, positions[run.axis].unsqueeze(-1), y)
+    return y
 
 
 def row(

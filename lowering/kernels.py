@@ -13,6 +13,7 @@ ROW     pairs; first, second, step of the pairs in x; the same in y; two signs; 
         y, length of the low run; the same of the high run; the blocks of pairs, low and high;
         first, second, step of the pairs in cos; the same in sin
 CACHE   see `kernel_stores`
+AXES    see `kernel_tables.rows_by_axis`; 0 runs where a token has one position
 """
 
 # Triton compiles these functions; to a type checker their arguments have no types.
@@ -22,6 +23,7 @@ import triton
 import triton.language as tl
 
 from fxfuse.lowering.kernel_stores import cast_row, place_of, store_row
+from fxfuse.lowering.kernel_tables import rows_by_axis
 
 
 @triton.jit
@@ -45,7 +47,7 @@ def load_pairs(
     PAIRS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Both members of the pairs at FIRST, SECOND + STEP * i, each [tokens, heads, BLOCK]."""
-    if PAIRS > 0 and STEP == 2 and SECOND == FIRST + 1:
+    if PAIRS > 0 and STEP == 2 and SECOND == FIRST + 1 and ptr.shape[2] == 1:
         # Neighbours come as one contiguous block, so that loads stay 16 bytes wide.
         both = load_block(ptr, mask, stride_c, FIRST, 1, 2 * PAIRS, 2 * BLOCK)
         first, second = tl.split(tl.reshape(both, [both.shape[0], both.shape[1], BLOCK, 2]))
@@ -197,7 +199,8 @@ def tile(
     Q: tl.constexpr, K: tl.constexpr, V: tl.constexpr, Q_ROW: tl.constexpr,
     K_ROW: tl.constexpr, V_ROW: tl.constexpr,
     K_KEEP: tl.constexpr, K_CACHE: tl.constexpr, V_CACHE: tl.constexpr,
-    LOOKUP: tl.constexpr, SINGLE: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
+    LOOKUP: tl.constexpr, AXES: tl.constexpr, SINGLE: tl.constexpr,
+    TOKENS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     """One program's tile of q, k or v; strides = those of q, k, v, q_scale, k_scale, cos, sin,
     k_cache, v_cache, slots, offsets, positions, k_cache_scale and v_cache_scale; sizes = those of
@@ -225,7 +228,11 @@ def tile(
     o_r = o_t
     m_r = m_t
     if LOOKUP > 0:
-        o_r = tl.load(positions_ptr + i_b * s_p[0] + o_t * s_p[1], mask=m_t, other=0).to(tl.int64)
+        p_ptr = positions_ptr + i_b * s_p[0] + o_t * s_p[1]
+        if AXES[0] > 0:
+            o_r = rows_by_axis(p_ptr, s_p[2], m_t, AXES, Q_ROW[15])
+        else:
+            o_r = tl.load(p_ptr, mask=m_t, other=0).to(tl.int64)
         o_r = tl.where(o_r < 0, o_r + LOOKUP, o_r)
         m_r = m_t & (o_r >= 0) & (o_r < LOOKUP)
     cos_ptr += i_b * s_cos[0] + o_r * s_cos[1]
@@ -287,13 +294,14 @@ def norm_rope_store(
     stride_cosb, stride_cost, stride_cosd, stride_sinb, stride_sint, stride_sind,
     stride_kcb, stride_kcg, stride_kc0, stride_kc1, stride_kc2, stride_kcd, stride_kce,
     stride_vcb, stride_vcg, stride_vc0, stride_vc1, stride_vc2, stride_vcd, stride_vce,
-    stride_slotb, stride_slott, stride_offb, stride_offt, stride_pb, stride_pt,
+    stride_slotb, stride_slott, stride_offb, stride_offt, stride_pb, stride_pt, stride_pa,
     stride_kcsb, stride_kcst, stride_kcsh, stride_vcsb, stride_vcst, stride_vcsh,
     q_eps, k_eps, T, k_size_0, k_size_1, k_size_2, v_size_0, v_size_1, v_size_2,
     Q: tl.constexpr, K: tl.constexpr, V: tl.constexpr, Q_ROW: tl.constexpr,
     K_ROW: tl.constexpr, V_ROW: tl.constexpr,
     K_KEEP: tl.constexpr, K_CACHE: tl.constexpr, V_CACHE: tl.constexpr,
-    LOOKUP: tl.constexpr, SINGLE: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
+    LOOKUP: tl.constexpr, AXES: tl.constexpr, SINGLE: tl.constexpr,
+    TOKENS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     """A program does TOKENS x HEADS rows of q, k or v of one batch row.
 
@@ -310,7 +318,7 @@ def norm_rope_store(
         (stride_sinb, stride_sint, stride_sind),
         (stride_kcb, stride_kcg, stride_kc0, stride_kc1, stride_kc2, stride_kcd, stride_kce),
         (stride_vcb, stride_vcg, stride_vc0, stride_vc1, stride_vc2, stride_vcd, stride_vce),
-        (stride_slotb, stride_slott), (stride_offb, stride_offt), (stride_pb, stride_pt),
+        (stride_slotb, stride_slott), (stride_offb, stride_offt), (stride_pb, stride_pt, stride_pa),
         (stride_kcsb, stride_kcst, stride_kcsh), (stride_vcsb, stride_vcst, stride_vcsh),
     )  # fmt: skip
     sizes = ((k_size_0, k_size_1, k_size_2), (v_size_0, v_size_1, v_size_2))
@@ -320,7 +328,7 @@ def norm_rope_store(
         q_bias_ptr, k_bias_ptr, q_scale_ptr, k_scale_ptr,
         cos_ptr, sin_ptr,
         strides, q_eps, k_eps, T, sizes, Q, K, V, Q_ROW, K_ROW, V_ROW,
-        K_KEEP, K_CACHE, V_CACHE, LOOKUP, SINGLE, TOKENS, HEADS,
+        K_KEEP, K_CACHE, V_CACHE, LOOKUP, AXES, SINGLE, TOKENS, HEADS,
     )  # fmt: skip
 
 
@@ -334,7 +342,8 @@ def norm_rope_store_static(
     Q: tl.constexpr, K: tl.constexpr, V: tl.constexpr, Q_ROW: tl.constexpr,
     K_ROW: tl.constexpr, V_ROW: tl.constexpr,
     K_KEEP: tl.constexpr, K_CACHE: tl.constexpr, V_CACHE: tl.constexpr,
-    LOOKUP: tl.constexpr, SINGLE: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
+    LOOKUP: tl.constexpr, AXES: tl.constexpr, SINGLE: tl.constexpr,
+    TOKENS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     """norm_rope_store where every stride is a number: fewer arguments and registers (on an H200
     0.07 of 1.4 microseconds for one token, 0.25 of 3.4 for 256).
@@ -347,8 +356,9 @@ def norm_rope_store_static(
         (STRIDES[18], STRIDES[19], STRIDES[20]), (STRIDES[21], STRIDES[22], STRIDES[23]),
         (STRIDES[24], STRIDES[25], STRIDES[26], STRIDES[27], STRIDES[28], STRIDES[29], STRIDES[30]),
         (STRIDES[31], STRIDES[32], STRIDES[33], STRIDES[34], STRIDES[35], STRIDES[36], STRIDES[37]),
-        (STRIDES[38], STRIDES[39]), (STRIDES[40], STRIDES[41]), (STRIDES[42], STRIDES[43]),
-        (STRIDES[44], STRIDES[45], STRIDES[46]), (STRIDES[47], STRIDES[48], STRIDES[49]),
+        (STRIDES[38], STRIDES[39]), (STRIDES[40], STRIDES[41]),
+        (STRIDES[42], STRIDES[43], STRIDES[44]), (STRIDES[45], STRIDES[46], STRIDES[47]),
+        (STRIDES[48], STRIDES[49], STRIDES[50]),
     )  # fmt: skip
     sizes = ((k_size_0, k_size_1, k_size_2), (v_size_0, v_size_1, v_size_2))
     tile(
@@ -357,5 +367,5 @@ def norm_rope_store_static(
         q_bias_ptr, k_bias_ptr, q_scale_ptr, k_scale_ptr,
         cos_ptr, sin_ptr,
         strides, q_eps, k_eps, T, sizes, Q, K, V, Q_ROW, K_ROW, V_ROW,
-        K_KEEP, K_CACHE, V_CACHE, LOOKUP, SINGLE, TOKENS, HEADS,
+        K_KEEP, K_CACHE, V_CACHE, LOOKUP, AXES, SINGLE, TOKENS, HEADS,
     )  # fmt: skip

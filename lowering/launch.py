@@ -15,6 +15,7 @@ from torch.utils._sympy.functions import FloorDiv
 from fxfuse.lowering import launch_stores
 from fxfuse.lowering.operand import Operand, Size
 from fxfuse.lowering.tiles import Tile, tile_for
+from fxfuse.patterns.axes import runs_of
 from fxfuse.patterns.record import Pair, Pass, Record, Stream
 
 MAX_PASSES = 2
@@ -59,7 +60,7 @@ def plan(
         constants[name] = _stream(stream or record.q, programs[-1], count, *weights)
         constants[f"{name}_ROW"] = _row(stream or record.q)
     constants |= launch_stores.constants(record, operands)
-    constants["LOOKUP"] = _table_rows(operands)
+    constants |= {"LOOKUP": _table_rows(operands), "AXES": axis_runs(record)}
     constants |= {"TOKENS": tile.tokens, "HEADS": tile.heads, "SINGLE": q.shape[:2] == (1, 1)}
     grid = (ceil_div(q.shape[1], tile.tokens) * sum(programs), q.shape[0])
     pointers, strides = _pointers(operands), _strides(record, operands)
@@ -93,6 +94,14 @@ def _table_rows(operands: Mapping[str, Operand | None]) -> int:
     """How many rows positions choose from, 0 where there are none."""
     cos = operands.get("cos")
     return int(cos.shape[1]) if cos and operands.get("positions") else 0
+
+
+@functools.cache
+def axis_runs(record: Record) -> tuple[int, ...]:
+    """The kernel's AXES: see its module."""
+    turn = record.q.rotation
+    runs = runs_of(turn.axes) if turn and turn.axes else ()
+    return (len(runs), *(n for run in runs for n in dataclasses.astuple(run)))
 
 
 def power_above(n: int) -> int:
@@ -131,7 +140,7 @@ AXES: dict[str, str] = {
     "cos": "btd",
     "sin": "btd",
 }
-AXES |= {"kc": "bg012de", "vc": "bg012de", "slot": "bt", "off": "bt", "p": "bt"}
+AXES |= {"kc": "bg012de", "vc": "bg012de", "slot": "bt", "off": "bt", "p": "bta"}
 AXES |= {"kcs": "bth", "vcs": "bth"}
 
 
@@ -164,6 +173,10 @@ def _strides(record: Record, operands: Mapping[str, Operand | None]) -> dict[str
     def table_strides(o: Operand) -> tuple[Size, ...]:
         return (*o.steps(2), o.strides[2])
 
+    def position_strides(o: Operand) -> tuple[Size, ...]:
+        *axis, b, t = o.steps(len(o.shape))
+        return (b, t, *(axis or [0]))
+
     found = {
         "q": of("q", row_strides),
         "k": of("k", row_strides),
@@ -176,7 +189,7 @@ def _strides(record: Record, operands: Mapping[str, Operand | None]) -> dict[str
         "vc": launch_stores.strides(record, operands, "v"),
         "slot": of("slots", lambda o: (*o.steps(1), o.strides[1])),
         "off": of("offsets", lambda o: (*o.steps(1), o.strides[1])),
-        "p": of("positions", lambda o: o.steps(2)),
+        "p": of("positions", position_strides),
         "kcs": of("k_cache_scale", lambda o: o.steps(3)),
         "vcs": of("v_cache_scale", lambda o: o.steps(3)),
     }

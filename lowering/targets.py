@@ -8,13 +8,15 @@ import importlib.util
 from typing import Any
 
 from fxfuse.lowering import libraries, norm_launch
-from fxfuse.lowering.launch import KINDS
+from fxfuse.lowering.launch import KINDS, axis_runs
 from fxfuse.lowering.providers import Box, Facts, register_provider
 from fxfuse.patterns.record import Record
 
 KERNEL_DTYPES = ("float32", "float16", "bfloat16")
 KERNEL_NORMS = tuple(KINDS)
 ROPE_OPS = ("norm_rope", "norm_rope_store_")
+# Each is a position loaded and a choice for every pair; the maps in use are of up to five.
+MAX_AXIS_RUNS = 12
 
 
 def _no_triton_kernel(facts: Facts) -> str | None:
@@ -30,6 +32,11 @@ def _no_triton_kernel(facts: Facts) -> str | None:
         return f"the kernel knows the norm kinds {', '.join(KERNEL_NORMS)} only"
     if q.rotation is not None and q.rotation.by_head:
         return "each head turns by tables of its own"
+    turns = [s.rotation for s in (q, k) if s is not None and s.rotation is not None]
+    if len({turn.axes for turn in turns}) > 1:
+        return "q and k turn by different axes"
+    if axis_runs(record)[0] > MAX_AXIS_RUNS:
+        return f"the axes of the pairs are more than {MAX_AXIS_RUNS} runs"
     if any(s is not None and len(s.passes) > 2 for s in (q, k)):
         return "the kernel passes at most two runs of channels through"
     if v is not None and (v.norm or v.rotation or v.has_scale or v.scale != 1.0):

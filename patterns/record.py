@@ -30,6 +30,8 @@ class Rotation:
     y[y.second] = x[x.second] * cos[cos.second] + signs[1] * x[x.first]  * sin[sin.second]
 
     by_head: the tables are [B, T, H, R], each head turns by its own.
+    axes:    where a token has a position on each of several axes (mRoPE), by which of them pair k
+             turns, for each k; () where it has one position, or the tables are its own.
     """
 
     pairs: int
@@ -39,6 +41,7 @@ class Rotation:
     sin: Pair
     signs: tuple[int, int]
     by_head: bool = False
+    axes: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,5 +220,5 @@ def _stream(data: dict[str, Any]) -> Stream:
 
 def _rotation(data: dict[str, Any]) -> Rotation:
     x, y, cos, sin = (Pair(**data[name]) for name in ("x", "y", "cos", "sin"))
-    signs = tuple(data["signs"])
-    return Rotation(data["pairs"], x, y, cos, sin, signs=signs, by_head=data["by_head"])
+    signs, axes = tuple(data["signs"]), tuple(data["axes"])
+    return Rotation(data["pairs"], x, y, cos, sin, signs, data["by_head"], axes)

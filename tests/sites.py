@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,6 +35,12 @@ def neighbours(d: int, r: int | None = None, turn: int = 1) -> Rope:
     pair, table = Pair(0, 1, 2), Pair(0, 0, 1)
     passes = (Pass(r, r, d - r),) if r < d else ()
     return Rotation(r // 2, pair, pair, table, table, (-turn, turn)), passes
+
+
+def wide_neighbours(d: int) -> Rope:
+    """GPT-J's pairing with tables as wide as the row, each number of them twice."""
+    pair = Pair(0, 1, 2)
+    return Rotation(d // 2, pair, pair, pair, pair, (-1, 1)), ()
 
 
 def unrotated(d: int) -> Rope:
@@ -100,6 +107,17 @@ def paged(
 E4M3 = Cast("float8_e4m3fn", "divide", 1.0, 448.0)
 
 
+def by_axes(rope: Rope, axes: Sequence[int]) -> Rope:
+    """mRoPE: pair k turns by the position on axes[k]."""
+    assert rope[0] is not None
+    return dataclasses.replace(rope[0], axes=tuple(axes)), rope[1]
+
+
+# Pairs by three axes: a section for each, every third pair, and GLM's turns with quotas.
+SECTIONS = [0] * 4 + [1] * 6 + [2] * 6
+EVERY_THIRD = [0, 1, 2] * 3 + [0, 1, 0]
+IN_TURNS = [0, 1, 2] * 4 + [1, 2] * 4
+
 # Together these take every branch of the kernel.
 SITES: dict[str, Record] = {
     "qwen3": site(128, norm=NORM, store=cached(True), heads_first=True, k_keep=False),
@@ -131,6 +149,12 @@ SITES: dict[str, Record] = {
     "8 bits, shuffled": site(
         32, neighbours(32, 16), store=paged("0hd1e", "0h1d2", cast=Cast("float8_e5m2", "multiply"))
     ),
+    "mrope": site(128, by_axes(halves(128, 32), SECTIONS), norm=NORM, store=cached(False, "wrap")),
+    "mrope, every third": site(
+        40, by_axes(neighbours(40, 24), EVERY_THIRD), norm=NORM, k_keep=False, store=cached(True)
+    ),
+    "mrope, in turns": site(40, by_axes(halves(40), IN_TURNS)),
+    "mrope, wide neighbours": site(16, by_axes(wide_neighbours(16), [2, 2, 0, 1, 1, 1, 0, 2])),
     "halves to neighbours": site(
         32,
         (Rotation(16, Pair(0, 16, 1), Pair(0, 1, 2), Pair(0, 0, 1), Pair(0, 0, 1), (-1, 1)), ()),
@@ -139,6 +163,7 @@ SITES: dict[str, Record] = {
 PER_HEAD_WEIGHTS = ("olmo2", "after", "chameleon")
 # Rows of a longer table by position.
 LOOKED_UP = ("flat cache by position", "neighbours by position")
+BY_AXES = tuple(name for name in SITES if name.startswith("mrope"))
 
 
 # Caches of bits instead of numbers.
@@ -225,7 +250,7 @@ def operands(
         p.unflatten(-1, (n, -1)) for p, n in zip(packed, (heads, kv_heads, kv_heads), strict=True)
     ]
     per_head = name in PER_HEAD_WEIGHTS
-    looked_up = name in LOOKED_UP
+    looked_up = name in LOOKED_UP + BY_AXES
     angle = draw(1, 50 if looked_up else tokens, d, of=torch.float32)
     # The layout of a complex table seen as real: a stride of 2 between its columns.
     table = torch.view_as_real(torch.polar(torch.ones_like(angle), angle))
@@ -241,8 +266,11 @@ def operands(
             tensors[f"{x}_scale"] = draw(batch, tokens, 1, of=torch.float32)
     tensors |= {"cos": table[..., 0], "sin": table[..., 1]} if rotates else {}
     if looked_up:
-        places = torch.randint(-50, 50, (batch, tokens), generator=generator)
-        tensors["positions"] = places.to(device)
+        # The window of a longer buffer, as engines keep them: axes lie far apart.
+        lead = (3,) if name in BY_AXES else ()
+        places = torch.randint(-50, 50, (*lead, batch, tokens + 5), generator=generator)
+        places[..., 2 + tokens // 2] = 49
+        tensors["positions"] = places.to(device)[..., 2 : 2 + tokens]
     if record.store:
         slots = max(slots, batch * tokens)
         by_row = batch if "b" not in record.store.k.axes else 1
