@@ -3,8 +3,9 @@
     cos, sin = table[positions].chunk(2, -1)
 
 In comes a planned site, out comes one whose tables are the whole `table` and whose `positions` say
-which of its rows a token turns by; or the site as it came. A table that several sites read is
-looked up once for all of them, by the graph.
+which of its rows a token turns by; or the site as it came. A token may have several positions, and
+each channel pair turn by one of them: the map is read off whatever rearranges the rows. A table
+that several sites read is looked up once for all of them, by the graph.
 """
 
 import dataclasses
@@ -15,9 +16,14 @@ from typing import Any, TypeAlias
 import torch
 from torch import fx
 
+from fxfuse.patterns.access import Refused
+from fxfuse.patterns.atoms import flatten_explicit
 from fxfuse.patterns.memory import Memory
+from fxfuse.patterns.rearranged import rearranged
+from fxfuse.patterns.record import Pair, Rotation, Stream
+from fxfuse.patterns.rotation import fit
 from fxfuse.patterns.site import Access, Site, Step
-from fxfuse.patterns.value import Leaf
+from fxfuse.patterns.value import Atom, Factor, Index, Leaf, Opaque, Value
 from fxfuse.slots import Call, Slot
 
 aten = torch.ops.aten
@@ -58,72 +64,192 @@ def _tables(site: Site) -> set[Leaf]:
 
 
 def _looked_up(site: Site, memory: Memory, holder: Mapping[Slot, fx.Node]) -> Site:
-    q, turn = site.q, site.record.q.rotation
+    q, record, turn = site.q, site.record, site.record.q.rotation
     if q.cos is None or q.sin is None or turn is None or turn.by_head:
         return site
-    cos, sin = (_lookup(access, site.before, memory, holder) for access in (q.cos, q.sin))
-    if cos is None or sin is None or cos.table.leaf.shape[0] != sin.table.leaf.shape[0]:
+    try:
+        cos, sin = (_lookup(access, site.before, memory, holder) for access in (q.cos, q.sin))
+        if cos.table.leaf.shape[0] != sin.table.leaf.shape[0]:
+            raise Opaque("tables of different lengths")
+        if cos.positions.leaf.slot is not sin.positions.leaf.slot:
+            raise Opaque("tables by different positions")
+        if cos.positions.steps != sin.positions.steps:
+            raise Opaque("tables by positions in different order")
+        streams = (record.q, record.k)
+        q_stream, k_stream = (s and _turned(s, cos.places, sin.places) for s in streams)
+        assert q_stream is not None
+        if k_stream and k_stream.rotation and q_stream.rotation:
+            _check_axes(q_stream.rotation, k_stream.rotation)
+    except (Opaque, Refused):
         return site
-    if cos.positions.leaf.slot is not sin.positions.leaf.slot:
-        return site
-    if cos.positions.steps != sin.positions.steps:
-        return site
-    turned = dataclasses.replace(q, cos=cos.table, sin=sin.table, positions=cos.positions)
-    return dataclasses.replace(site, q=turned)
+    new = dataclasses.replace(
+        q, stream=q_stream, cos=cos.table, sin=sin.table, positions=cos.positions
+    )
+    k = dataclasses.replace(site.k, stream=k_stream) if site.k and k_stream else None
+    record = dataclasses.replace(record, q=q_stream, k=k_stream)
+    return dataclasses.replace(site, record=record, q=new, k=k)
+
+
+# For each channel of a looked-up table the axis of positions that chose its row (None where a token
+# has one position), and its column of the whole table.
+Places: TypeAlias = tuple[tuple[int | None, int], ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Lookup:
-    """A table as [1, N, R], and the positions of its rows as [B|1, T|1]."""
+    """A whole table as [1, N, R], and the positions of its rows as [B|1, T|1], or as
+    [axes, B|1, T|1] where the rows of several axes are mixed.
+    """
 
     table: Access
     positions: Access
+    places: Places
+
+
+def _turned(stream: Stream, cos: Places, sin: Places) -> Stream:
+    """The stream that reads its cos and sin at their places in the whole tables."""
+    turn = stream.rotation
+    if turn is None:
+        return stream
+    found = [_members(pair, turn.pairs, at) for pair, at in ((turn.cos, cos), (turn.sin, sin))]
+    axes = [{axis for members in pair for axis, _ in members} for pair in zip(*found, strict=True)]
+    if any(len(each) > 1 for each in axes):
+        raise Opaque("a pair that turns by two axes")
+    columns = [[(a[1], b[1]) for a, b in members] for members in found]
+    rotation = dataclasses.replace(
+        turn,
+        cos=fit(columns[0], "cos columns"),
+        sin=fit(columns[1], "sin columns"),
+        axes=tuple(axis for each in axes for axis in each if axis is not None),
+    )
+    return dataclasses.replace(stream, rotation=rotation)
+
+
+def _members(pair: Pair, pairs: int, places: Places) -> list[Places]:
+    """The places of both members of each pair."""
+    starts, steps = (pair.first, pair.second), range(0, pairs * pair.step, pair.step)
+    return [tuple(places[start + i] for start in starts) for i in steps]
+
+
+def _check_axes(q: Rotation, k: Rotation) -> None:
+    if q.axes != k.axes:
+        raise Opaque("q and k that turn by different axes")
 
 
 def _lookup(
     access: Access, before: fx.Node, memory: Memory, holder: Mapping[Slot, fx.Node]
-) -> _Lookup | None:
-    """What stands behind a looked-up table, if the op can read that in the table's place."""
-    leaf, call = access.leaf, access.leaf.slot.call
-    read = LOOKUPS.get(call.op) if isinstance(call, Call) else None
-    found = read(*call.args) if read is not None and not call.kwargs else None
-    if found is None or leaf.part:
-        return None
+) -> _Lookup:
+    """What stands behind a table, if the op can read that in its place. Raises Opaque."""
+    leaf, reading = access.leaf, memory.reading
+    if not isinstance(leaf.slot, Slot) or leaf.slot.call is None or leaf.part:
+        raise Opaque("no table that the graph makes")
+    if leaf.version != reading.versions_at(leaf.slot.call, leaf.slot.storage):
+        raise Opaque("a table that is written behind its lookup")
+    value = rearranged(leaf.slot, reading, lambda call: _operands(call) is not None)
+    rows, places, axis = _rows_and_places(value)
+    call = rows.leaf.slot.call
+    found = _operands(call)
+    assert found is not None
     table, positions = found
-    rows = _row_steps(access.steps, len(leaf.shape))
+    whole = len(table.shape) == 2 and isinstance(table.shape[0], int)
     integers = positions.dtype in (torch.int32, torch.int64)
-    whole = len(table.shape) == 2 and isinstance(table.shape[0], int) and table.dtype == leaf.dtype
-    if rows is None or not integers or not whole or len(leaf.shape) != len(positions.shape) + 1:
-        return None
+    if not integers or not whole or len(rows.leaf.shape) != len(positions.shape) + 1:
+        raise Opaque("no rows of a whole table by position")
     for slot in (table, positions):
         node = holder.get(slot)
         if node is None or memory.index[node] >= memory.index[before]:
-            return None
+            raise Opaque("a table or positions that are not at hand")
         if memory.version(slot.storage, call.node) != memory.version(slot.storage, before):
-            return None
+            raise Opaque("a table or positions that are written behind the lookup")
+    steps = (*_ordered(rows, value, axis), *_row_steps(access.steps, value, axis is not None))
     whole_table = Access(_leaf(leaf, table), (("unsqueeze", 0),))
-    return _Lookup(whole_table, Access(_leaf(leaf, positions), rows))
+    return _Lookup(whole_table, Access(_leaf(leaf, positions), steps), places)
+
+
+def _operands(call: Call) -> tuple[Slot, Slot] | None:
+    """Table and positions of a lookup; None of another call."""
+    read = LOOKUPS.get(call.op)
+    return read(*call.args) if read is not None and not call.kwargs else None
 
 
 def _leaf(like: Leaf, slot: Slot) -> Leaf:
     return dataclasses.replace(like, shape=slot.shape, dtype=slot.dtype, slot=slot, definition=None)
 
 
+def _rows_and_places(value: Value) -> tuple[Factor, Places, int | None]:
+    """The rows of one lookup that a value is made of, the place of each of its channels, and which
+    axis of the rows differs between channels, if one does. Raises Opaque.
+    """
+    last = len(value.dims) - 1
+    value = flatten_explicit(value, last)
+    if value.explicit != value.dims[last] or len(value.leaves()) != 1:
+        raise Opaque("channels of several tables, or that differ by row")
+    found: dict[int, Factor] = {}
+    for term in value.terms:
+        for i, coefficient in enumerate(term.coefficients):
+            if coefficient:
+                if i in found or coefficient != 1 or len(term.factors) != 1:
+                    raise Opaque("channels that are computed")
+                (factor,) = term.factors
+                at = tuple(Index((index.offsets[i],), index.strides) for index in factor.axes)
+                found[i] = Factor(factor.leaf, at)
+    if len(found) != value.explicit[0].size:
+        raise Opaque("channels that nothing fills")
+    read = [found[i].axes for i in range(len(found))]
+    *rows, columns = zip(*read, strict=True)
+    mixed = [j for j, at in enumerate(rows) if len(set(at)) > 1]
+    chosen = [index for j in mixed for index in rows[j]]
+    if len(mixed) > 1 or any(index.strides for index in (*chosen, *columns)):
+        raise Opaque("channels of irregular rows")
+    axis = mixed[0] if mixed else None
+    places = tuple(
+        (at[axis].offsets[0] if axis is not None else None, at[-1].offsets[0]) for at in read
+    )
+    return found[0], places, axis
+
+
+def _ordered(rows: Factor, value: Value, axis: int | None) -> list[Step]:
+    """The steps from positions to the order of a value's rows, the mixed axis in front."""
+    labels: list[Atom | str] = []
+    steps: list[Step] = []
+    for j, (index, size) in enumerate(zip(rows.axes[:-1], rows.leaf.shape, strict=False)):
+        if j == axis:
+            labels.append("axes")
+        elif not index.strides:
+            steps.append(("select", len(labels), index.offsets[0]))
+        elif index == Index((0,), ((index.strides[0][0], 1),)) and index.strides[0][0].size == size:
+            labels.append(index.strides[0][0])
+        else:
+            raise Opaque("a part of the positions")
+    atoms = [atom for dim in value.dims[:-1] for atom in dim]
+    wanted: list[Atom | str] = [*(["axes"] if axis is not None else []), *atoms]
+    if set(wanted) != set(labels) or any(len(dim) > 1 for dim in value.dims[:-1]):
+        raise Opaque("rows in another arrangement than positions")
+    if wanted != labels:
+        steps.append(("permute", tuple(labels.index(x) for x in wanted)))
+    ones = [d for d, dim in enumerate(value.dims[:-1]) if not dim]
+    return [*steps, *(("unsqueeze", d + (axis is not None)) for d in ones)]
+
+
 ROW_STEPS = ("select", "unsqueeze", "narrow")
 
 
-def _row_steps(steps: Sequence[Step], rank: int) -> tuple[Step, ...] | None:
-    """The steps of a table's access as steps of its positions, which lack the last axis; None
-    where they touch that axis.
+def _row_steps(steps: Sequence[Step], value: Value, behind: bool) -> list[Step]:
+    """The steps of a table's access as steps of its positions, which lack the last axis and may
+    have one more in front. Raises Opaque where they touch the last axis.
     """
     rows: list[Step] = []
+    rank = len(value.dims)
     for name, *args in steps:
         if name == "permute":
             if args[0][-1] != rank - 1:
-                return None
-            args = [args[0][:-1]]
+                raise Opaque("channels that are no last axis")
+            front = (0,) if behind else ()
+            args = [(*front, *(d + behind for d in args[0][:-1]))]
         elif name not in ROW_STEPS or not 0 <= args[0] < rank - 1 + (name == "unsqueeze"):
-            return None
+            raise Opaque("channels that are regrouped")
+        else:
+            args = [args[0] + behind, *args[1:]]
         rank += {"select": -1, "unsqueeze": 1}.get(name, 0)
         rows.append((name, *args))
-    return tuple(rows)
+    return rows

@@ -62,10 +62,10 @@ def pair_up(
         raise Refused("channels that are used twice, or not at all")
     rotation = Rotation(
         pairs=len(pairs),
-        x=_fit([p.x for p in pairs], "source channels"),
-        y=_fit([p.y for p in pairs], "result channels"),
-        cos=_fit([p.cos for p in pairs], "cos channels"),
-        sin=_fit([p.sin for p in pairs], "sin channels"),
+        x=fit([p.x for p in pairs], "source channels"),
+        y=fit([p.y for p in pairs], "result channels"),
+        cos=fit([p.cos for p in pairs], "cos channels"),
+        sin=fit([p.sin for p in pairs], "sin channels"),
         signs=first.signs,
     )
     return rotation, _passes(entries, plain), scale, *first.tables
@@ -130,7 +130,8 @@ def _same_table(a: Entry, b: Entry) -> bool:
     return a.table is b.table
 
 
-def _fit(places: list[tuple[int, int]], what: str) -> Pair:
+def fit(places: list[tuple[int, int]], what: str) -> Pair:
+    """The Pair at some pairs' places. Raises Refused where they are at no even steps."""
     (first, second), step = places[0], places[1][0] - places[0][0] if len(places) > 1 else 1
     if step < 1 or any(p != (first + step * k, second + step * k) for k, p in enumerate(places)):
         raise Refused(f"{what} at irregular places")

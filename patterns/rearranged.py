@@ -1,0 +1,84 @@
+"""Rearrangements: a tensor that is made of another one's elements, read back to it.
+
+    cos = torch.cat([m[i] for i, m in enumerate(rows.split((4, 2, 2), -1))], -1)
+
+On tables the reader stops at such a call, for what it makes is loaded as it is. Here it is read
+through: in comes a slot, out comes its Value over the results of the calls that `stop` names, or
+`Opaque` where an element on the way is computed, rounded or written.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx.node import map_aggregate
+
+from fxfuse.patterns.read import Reading
+from fxfuse.patterns.transfer import TRANSFERS, is_exact_cast, transferred
+from fxfuse.patterns.value import Kind, Leaf, Opaque, Value, leaf_value
+from fxfuse.slots import Call, Slot
+
+aten = torch.ops.aten
+
+# Arithmetic by the reader's book, though every element of their results is one of an operand's.
+JOINTS = frozenset(
+    {
+        aten.cat.default,
+        aten.flip.default,
+        aten.roll.default,
+        aten.select_scatter.default,
+        aten.slice_scatter.default,
+        aten.stack.default,
+    }
+)
+
+
+def rearranged(slot: Slot, reading: Reading, stop: Callable[[Call], bool]) -> Value:
+    """The Value of a slot over leaves that are results of calls that `stop` names. Raises
+    Opaque.
+    """
+    found: dict[Slot, Value] = {}
+
+    def value(slot: Slot) -> Value:
+        if slot not in found:
+            found[slot] = made(slot)
+        return found[slot]
+
+    def made(slot: Slot) -> Value:
+        call = slot.call
+        if call is None:
+            raise Opaque("a tensor that came into the graph")
+        if stop(call):
+            return leaf_value(Leaf(-1, slot.shape, slot.dtype, Kind.TABLE, slot))
+        _check_call(call, reading)
+        args, kwargs = map_aggregate(
+            (call.args, call.kwargs), lambda x: value(x) if isinstance(x, Slot) else x
+        )
+        values = transferred(call, args, kwargs, _no_name, _no_name)
+        return values[call.outs.index(slot)]
+
+    return value(slot)
+
+
+def _check_call(call: Call, reading: Reading) -> None:
+    """Raises Opaque unless the call only moves the elements that its operands were made with."""
+    entry = TRANSFERS.get(call.op)
+    moves = entry is not None and (entry.relation in ("view", "same") or call.op in JOINTS)
+    if not moves or call.writes:
+        raise Opaque(f"{call.op} does not only move elements")
+    for operand in call.inputs():
+        if not all(is_exact_cast(operand.dtype, out.dtype) for out in call.outs):
+            raise Opaque("a cast that rounds")
+        if is_written(operand, reading, reading.positions[call]):
+            raise Opaque("a tensor that is written before it is read")
+
+
+def is_written(slot: Slot, reading: Reading, before: int) -> bool:
+    """Whether a tensor's memory is written behind the call that made it, before a position."""
+    assert slot.call is not None
+    made = reading.positions[slot.call]
+    return any(made < write < before for write in reading.writes.get(slot.storage, ()))
+
+
+def _no_name(*_: Any) -> Value:
+    raise Opaque("a number that is computed")

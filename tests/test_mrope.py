@@ -1,0 +1,362 @@
+"""Three positions a token (mRoPE): which axis a pair turns by is read off the graph, and the rows
+of the table are looked up by the op.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import fxfuse
+from fxfuse.patterns.axes import column_axes, runs_of
+from fxfuse.patterns.record import Record
+from tests.mrope_toys import PICKS, MRope, Pick, Prelude, Sizes, axes_of, contiguous, positions
+from tests.sites import BY_AXES, SITES
+from tests.toys import assert_like
+
+pytestmark = pytest.mark.null
+
+TOKENS = 7
+WHOLE, PARTIAL = Sizes(), Sizes(section=(4, 2, 3))
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    torch._dynamo.reset()
+
+
+def hidden(toy: Prelude, tokens: int = TOKENS) -> Tensor:
+    return torch.randn(tokens, toy.sizes.hidden, generator=torch.Generator().manual_seed(5))
+
+
+@torch.no_grad()
+def report_of(toy: Prelude, at: Tensor, compiler: str = "eager") -> fxfuse.Report:
+    """The report of a toy; its result must be eager's."""
+    x = hidden(toy, at.shape[-1])
+    want = toy(x, at)
+    got = torch.compile(toy, backend=fxfuse.Backend(compiler=compiler))(x, at)
+    assert_like(got, want)
+    report = fxfuse.last_report()
+    assert report is not None
+    return report
+
+
+def looked_up(report: fxfuse.Report) -> Record | None:
+    """The record of the only site, if the op looks its table up."""
+    (site,) = report.fused
+    assert isinstance(site.record, Record)
+    return site.record if "rope(by position)" in site.stages else None
+
+
+@pytest.mark.parametrize("sizes", [WHOLE, PARTIAL], ids=["whole", "partial"])
+@pytest.mark.parametrize("neox", [True, False], ids=["neox", "neighbours"])
+@pytest.mark.parametrize("pick", PICKS)
+def test_the_axis_of_each_pair_is_read(pick: str, neox: bool, sizes: Sizes) -> None:
+    toy = Prelude(MRope(PICKS[pick], neox, sizes))
+    record = looked_up(report_of(toy, positions(TOKENS, sizes.rows)))
+    assert record is not None and record.k is not None
+    for stream in (record.q, record.k):
+        turn = stream.rotation
+        assert turn is not None and turn.axes == axes_of(pick, list(sizes.section))
+        # Cosines in the first half of a row, sines in the second.
+        half = sizes.rotary // 2
+        assert (turn.cos.first, turn.sin.first, turn.cos.step) == (0, half, 1)
+
+
+@pytest.mark.parametrize("pick", PICKS)
+def test_a_change_of_one_axis_changes_the_result(pick: str) -> None:
+    """The three rows of the tests' positions are told apart: by one row for all it is another."""
+    toy, at = Prelude(MRope(PICKS[pick])), positions(TOKENS, WHOLE.rows)
+    want = toy(hidden(toy), at)
+    for axis in range(3):
+        other = at.clone()
+        other[axis] = at[(axis + 1) % 3]
+        assert (toy(hidden(toy), other) - want).abs().max() > 1e-3
+
+
+class FullWidth(MRope):
+    """Tables as wide as what is turned, both halves alike, joined before or behind the pick."""
+
+    late = True
+
+    def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = self.cos_sin_cache[positions].chunk(2, dim=-1)
+        section = list(self.sizes.section)
+        if self.late:
+            return self.pick(cos, section).repeat(1, 2), self.pick(sin, section).repeat(1, 2)
+        cos, sin = (torch.cat((t, t), dim=-1) for t in (cos, sin))
+        return self.pick(cos, 2 * section), self.pick(sin, 2 * section)
+
+    def turned(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x.view(cos.shape[0], -1, self.sizes.head_dim)
+        a, b = x.chunk(2, -1)
+        y = x * cos.unsqueeze(1) + torch.cat((-b, a), -1) * sin.unsqueeze(1)
+        return y.reshape(cos.shape[0], -1)
+
+
+def contiguous_twice(x: Tensor, section: list[int]) -> Tensor:
+    return torch.cat([m[i % 3] for i, m in enumerate(x.split(section, dim=-1))], dim=-1)
+
+
+@pytest.mark.parametrize("late", [True, False])
+def test_full_width_tables(late: bool) -> None:
+    rope = FullWidth(contiguous_twice)
+    rope.late = late
+    record = looked_up(report_of(Prelude(rope), positions(TOKENS, WHOLE.rows)))
+    assert record is not None and record.q.rotation is not None
+    assert record.q.rotation.axes == axes_of("contiguous", list(WHOLE.section))
+
+
+class TwoTables(MRope):
+    """cos and sin in tables of their own."""
+
+    def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        section = list(self.sizes.section)
+        whole = [t.contiguous() for t in self.cos_sin_cache.chunk(2, dim=-1)]
+        cos, sin = (self.pick(table[positions], section) for table in whole)
+        return cos, sin
+
+
+@pytest.mark.parametrize("pick", PICKS)
+def test_cos_and_sin_in_tables_of_their_own(pick: str) -> None:
+    record = looked_up(report_of(Prelude(TwoTables(PICKS[pick])), positions(TOKENS, WHOLE.rows)))
+    assert record is not None and record.q.rotation is not None
+    assert record.q.rotation.sin.first == 0
+    assert record.q.rotation.axes == axes_of(pick, list(WHOLE.section))
+
+
+@pytest.mark.parametrize("pick", PICKS)
+def test_a_table_in_bfloat16(pick: str) -> None:
+    toy = Prelude(MRope(PICKS[pick], dtype=torch.bfloat16))
+    assert looked_up(report_of(toy, positions(TOKENS, WHOLE.rows))) is not None
+
+
+class Batched(Prelude):
+    """Positions [3, B, T] of hidden states [B T, C], by the same table."""
+
+    def __init__(self, rope: MRope, batch: int) -> None:
+        super().__init__(rope)
+        self.batch = batch
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        s, lead = self.sizes, (self.batch, -1)
+        q, k, v = (t.view(*lead, t.shape[-1]) for t in self.split(x))
+        cos, sin = self.rope.tables(positions)
+        cos, sin = (torch.cat((t, t), -1)[:, None] for t in (cos, sin))
+        q, k, v = (t.unflatten(-1, (-1, s.head_dim)).transpose(1, 2) for t in (q, k, v))
+
+        def turned(x: Tensor) -> Tensor:
+            a, b = x.chunk(2, -1)
+            return x * cos + torch.cat((-b, a), -1) * sin
+
+        return torch.nn.functional.scaled_dot_product_attention(
+            turned(q), turned(k), v, enable_gqa=True
+        )
+
+
+@pytest.mark.parametrize("pick", PICKS)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_positions_by_batch_row(pick: str, batch: int) -> None:
+    at = torch.stack([positions(TOKENS, WHOLE.rows, seed) for seed in range(batch)], 1)
+    toy = Batched(MRope(PICKS[pick]), batch)
+    with torch.no_grad():
+        x = hidden(toy, batch * TOKENS)
+        want = toy(x, at)
+        got = torch.compile(toy, backend=fxfuse.Backend(compiler="eager"))(x, at)
+    assert_like(got, want)
+    assert looked_up(fxfuse.last_report()) is not None
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_of_few_tokens(tokens: int) -> None:
+    assert looked_up(report_of(Prelude(MRope(contiguous)), positions(tokens, WHOLE.rows)))
+
+
+@pytest.mark.parametrize("pick", PICKS)
+@pytest.mark.parametrize("shift", [WHOLE.rows, 0], ids=["from the end", "int32"])
+def test_positions_from_the_end_and_of_32_bits(pick: str, shift: int) -> None:
+    at = positions(TOKENS, WHOLE.rows) - shift
+    at = at if shift else at.int()
+    assert looked_up(report_of(Prelude(MRope(PICKS[pick])), at)) is not None
+
+
+def test_what_two_layers_read_is_looked_up_once() -> None:
+    toy = Prelude(MRope(PICKS["interleaved"]), layers=2)
+    stages = [s for f in report_of(toy, positions(TOKENS, WHOLE.rows)).fused for s in f.stages]
+    assert stages == ["rms_norm", "rope"] * 2
+
+
+def test_one_position_a_token_is_the_special_case() -> None:
+    record = looked_up(report_of(Prelude(MRope(contiguous)), positions(TOKENS, WHOLE.rows)[0]))
+    assert record is not None and record.q.rotation is not None
+    assert record.q.rotation.axes == ()
+
+
+def test_one_compile_for_every_number_of_tokens() -> None:
+    toy, counter = Prelude(MRope(PICKS["in turns"])), 0
+
+    def backend(gm: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+        nonlocal counter
+        counter += 1
+        return fxfuse.Backend(compiler="eager")(gm, inputs)
+
+    compiled = torch.compile(toy, backend=backend, dynamic=True)
+    for tokens in (5, 9, 12):
+        x, at = hidden(toy, tokens), positions(tokens, WHOLE.rows)
+        with torch.no_grad():
+            assert_like(compiled(x, at), toy(x, at))
+            assert looked_up(fxfuse.last_report()) is not None
+    assert counter == 1
+
+
+# --- near misses: right, and the lookup stays the graph's ---------------------------------------
+
+
+def short(x: Tensor, section: list[int]) -> Tensor:
+    """Sections that end before the row does."""
+    return contiguous(x[..., :-2], [*section[:2], section[2] - 2])
+
+
+def of_another(x: Tensor, section: list[int]) -> Tensor:
+    """The last section of what is no row of the table."""
+    parts = [m[i] for i, m in enumerate(x.split(section, dim=-1))]
+    return torch.cat([*parts[:2], parts[2] * 0.5], dim=-1)
+
+
+def rounded(x: Tensor, section: list[int]) -> Tensor:
+    return contiguous(x.to(torch.bfloat16), section).float()
+
+
+def shifted_tokens(x: Tensor, section: list[int]) -> Tensor:
+    """The second section by the positions of the tokens before."""
+    parts = [m[i] for i, m in enumerate(x.split(section, dim=-1))]
+    return torch.cat([parts[0], parts[1].roll(1, 0), parts[2]], dim=-1)
+
+
+def written(x: Tensor, section: list[int]) -> Tensor:
+    y = contiguous(x, section)
+    return torch.sin(y, out=y)
+
+
+def partly_written(x: Tensor, section: list[int]) -> Tensor:
+    rows = x.clone()
+    parts = [m[i] for i, m in enumerate(rows.split(section, dim=-1))]
+    rows.clamp_(max=0.3)
+    return torch.cat(parts, dim=-1)
+
+
+def irregular(x: Tensor, section: list[int]) -> Tensor:
+    """The numbers of a row in an order that no even steps make."""
+    y = contiguous(x, section)
+    return torch.cat([y[..., 1:2], y[..., :1], y[..., 2:]], dim=-1)
+
+
+MISSES: dict[str, Pick] = {
+    "another": of_another,
+    "rounded": rounded,
+    "shifted tokens": shifted_tokens,
+    "written": written,
+    "partly written": partly_written,
+    "irregular": irregular,
+}
+
+
+@pytest.mark.parametrize("name", MISSES)
+def test_near_misses_stay_right(name: str) -> None:
+    report = report_of(Prelude(MRope(MISSES[name])), positions(TOKENS, WHOLE.rows))
+    assert all("rope(by position)" not in fused.stages for fused in report.fused)
+
+
+def test_sections_that_do_not_fill_a_row_turn_fewer_channels() -> None:
+    sizes = Sizes(section=(6, 5, 5))
+
+    class Short(MRope):
+        def turned(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+            width, x = 2 * cos.shape[-1], x.view(cos.shape[0], -1, self.sizes.head_dim)
+            a, b = x[..., :width].chunk(2, -1)
+            c, s = cos.unsqueeze(1), sin.unsqueeze(1)
+            return torch.cat((a * c - b * s, b * c + a * s, x[..., width:]), -1).flatten(1)
+
+    record = looked_up(report_of(Prelude(Short(short, sizes=sizes)), positions(TOKENS, sizes.rows)))
+    assert record is not None and record.q.rotation is not None
+    assert record.q.rotation.axes == axes_of("contiguous", [6, 5, 3])
+    assert record.q.rotation.sin.first == 16
+
+
+class TwoPositions(MRope):
+    """A section by positions of another tensor."""
+
+    def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        ours, other = (self.cos_sin_cache[p].chunk(2, -1) for p in (positions, positions.flip(1)))
+        cos, sin = (
+            torch.cat([a[0, :, :6], b[1, :, 6:11], a[2, :, 11:]], -1)
+            for a, b in zip(ours, other, strict=True)
+        )
+        return cos, sin
+
+
+class CrossedAxes(MRope):
+    """cos and sin of a pair by different axes."""
+
+    def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = self.cos_sin_cache[positions].chunk(2, dim=-1)
+        section = list(self.sizes.section)
+        return self.pick(cos, section), self.pick(sin, section[::-1])
+
+
+@pytest.mark.parametrize("rope", [TwoPositions, CrossedAxes])
+def test_tables_that_no_map_of_pairs_gives_stay_the_graphs(rope: type[MRope]) -> None:
+    toy = Prelude(rope(contiguous, sizes=Sizes(section=(7, 5, 4))))
+    assert looked_up(report_of(toy, positions(TOKENS, WHOLE.rows))) is None
+
+
+# --- the map -------------------------------------------------------------------------------------
+
+
+def painted(axes: tuple[int, ...]) -> list[int]:
+    found = [-1] * len(axes)
+    for run in runs_of(axes):
+        for i in range(run.count):
+            found[run.first + i * run.step] = run.axis
+    return found
+
+
+def test_runs_paint_their_map() -> None:
+    for length in (1, 2, 6):
+        for axes in itertools.product(range(3), repeat=length):
+            assert painted(axes) == list(axes)
+
+
+@pytest.mark.parametrize(
+    ("pick", "section", "runs"),
+    [
+        ("contiguous", [16, 24, 24], 3),
+        ("interleaved", [24, 20, 20], 3),
+        ("interleaved", [11, 11, 10], 3),
+        ("in turns", [8, 12, 12], 4),
+    ],
+)
+def test_the_maps_in_use_are_few_runs(pick: str, section: list[int], runs: int) -> None:
+    axes = axes_of(pick, section)
+    assert painted(axes) == list(axes) and len(runs_of(axes)) == runs
+
+
+@pytest.mark.parametrize("name", BY_AXES)
+def test_a_record_is_read_back_from_its_text(name: str) -> None:
+    assert Record.from_text(SITES[name].to_text()) == SITES[name]
+
+
+def test_pairs_of_two_axes_do_not_share_a_column() -> None:
+    q = SITES["mrope"].q
+    assert q.rotation is not None
+    other = dataclasses.replace(q, rotation=dataclasses.replace(q.rotation, axes=(1,) * 16))
+    with pytest.raises(ValueError, match="column 0 of cos is read by axes 0 and 1"):
+        column_axes(Record(q, other), "cos")
+    plain = dataclasses.replace(q, rotation=dataclasses.replace(q.rotation, axes=()))
+    with pytest.raises(ValueError, match="both have axes or neither"):
+        column_axes(Record(q, plain), "cos")
