@@ -69,6 +69,9 @@ def agree(case: Operands, results, before: Operands) -> None:
         "zaya",
         "mla",
         "flat cache by position",
+        "mrope",
+        "mrope, every third",
+        "mrope, in turns",
     ],
 )
 def test_compiled_equals_the_reference(name):
@@ -145,6 +148,26 @@ def test_providers_say_who_took_a_call_and_why():
     other = dataclasses.replace(record, q=dataclasses.replace(record.q, norm=norm))
     declined = providers.choose("cuda", providers.Facts(other, (16, 8, 8), 1)).declined
     assert declined == (("triton", "the kernel knows the norm kinds rms, l2, layer only"),)
+
+
+def test_the_kernel_declines_axes_that_it_cannot_paint():
+    pytest.importorskip("triton")
+    record = SITES["mrope"]
+    q, k = record.q, record.k
+
+    def by(axes):
+        return dataclasses.replace(q, rotation=dataclasses.replace(q.rotation, axes=tuple(axes)))
+
+    facts = providers.Facts(record, (16, 8, 8), 1)
+    assert providers.choose("cuda", facts).provider == "triton"
+    ragged = by([2, 1, 0, 0, 1, 2, 2, 1, 0, 1, 1, 2, 0, 0, 2, 1] * 4)
+    facts = providers.Facts(dataclasses.replace(record, q=ragged, k=ragged), (16, 8, 8), 1)
+    reason = "the axes of the pairs are more than 12 runs"
+    assert providers.choose("cuda", facts).declined == (("triton", reason),)
+    assert k is not None
+    facts = providers.Facts(dataclasses.replace(record, q=by([1] * 16)), (16, 8, 8), 1)
+    reason = "q and k turn by different axes"
+    assert providers.choose("cuda", facts).declined == (("triton", reason),)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))

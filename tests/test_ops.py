@@ -34,6 +34,11 @@ def neighbours(d: int, r: int | None = None) -> tuple[Rotation, tuple[Pass, ...]
     return Rotation(r // 2, pair, pair, table, table, (-1, 1)), passes
 
 
+def by_axes(rope: tuple[Rotation, tuple[Pass, ...]], axes: tuple[int, ...]):
+    """Pair k turns by a token's position on axes[k]."""
+    return dataclasses.replace(rope[0], axes=axes), rope[1]
+
+
 def stream(d: int = D, rope=None, **fields) -> Stream:
     rotation, passes = halves(d) if rope is None else rope
     return Stream(d, fields.pop("norm", None), rotation, passes, **fields)
@@ -126,6 +131,63 @@ def test_strided_members_that_are_no_neighbours():
     first, second, c, s = q[..., ::2], q[..., 1::2], cos.unsqueeze(2), sin.unsqueeze(2)
     torch.testing.assert_close(out[..., 1::2], first * c - second * s)
     torch.testing.assert_close(out[..., ::2], second * c + first * s)
+
+
+AXES = {
+    "sections": (0, 0, 0, 1, 1, 2, 2, 2),
+    "every third": (0, 1, 2, 0, 1, 2, 0, 0),
+    "in turns": (0, 1, 2, 1, 2, 1, 2, 1),
+    "of four axes": (3, 3, 0, 1, 2, 0, 0, 2),
+    "of one": (2, 2, 2, 2, 2, 2, 2, 2),
+}
+
+
+@pytest.mark.parametrize("pairing", [halves, neighbours])
+@pytest.mark.parametrize("axes", AXES)
+@pytest.mark.parametrize("batch", [1, B])
+def test_each_pair_turns_by_the_position_on_its_axis(axes, pairing, batch):
+    rows = 9
+    generator = torch.Generator().manual_seed(1)
+    positions = torch.randint(-rows, rows, (4, batch, T), generator=generator)
+    positions[..., 0] = rows - 1
+    q, angle = draw(B, T, H, D), draw(1, rows, D // 2, seed=7)
+    width = 2 if pairing is halves else 1
+    cos, sin = angle.cos().repeat(1, 1, width), angle.sin().repeat(1, 1, width)
+    record = Record(stream(rope=by_axes(pairing(D), AXES[axes]), dtype="float64"))
+    got, _ = fxfuse.ops.norm_rope(
+        q, None, None, None, None, None, None, None, cos, sin, positions, 0.0, 0.0,
+        record.to_text(),
+    )  # fmt: skip
+    turned = torch.stack([angle[0, positions[a], i] for i, a in enumerate(AXES[axes])], -1)
+    turn = torch.polar(torch.ones_like(turned), turned).unsqueeze(2)
+    if pairing is halves:
+        want = torch.complex(q[..., : D // 2], q[..., D // 2 :]) * turn
+        want = torch.cat((want.real, want.imag), -1)
+    else:
+        want = torch.view_as_real(torch.view_as_complex(q.unflatten(-1, (-1, 2))) * turn).flatten(
+            -2
+        )
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("axes", "shape", "wanted"),
+    [
+        ((0,) * 7 + (2,), (1, T), r"\[axes, B\|1, T\|1\] with at least 3 axes"),
+        ((0,) * 7 + (2,), (2, 1, T), r"\[axes, B\|1, T\|1\] with at least 3 axes"),
+        ((0,) * 7 + (2,), None, r"\[axes, B\|1, T\|1\] with at least 3 axes"),
+        ((), (3, 1, T), r"\[B\|1, T\|1\], one position a token"),
+    ],
+)
+def test_positions_of_other_axes_than_the_records_are_refused(axes, shape, wanted):
+    record = Record(stream(rope=by_axes(halves(D), axes))).to_text()
+    at = None if shape is None else torch.zeros(shape, dtype=torch.int64)
+    args = (draw(B, T, H, D), *[None] * 7, draw(1, 9, D), draw(1, 9, D), at, 0.0, 0.0, record)
+    with pytest.raises(ValueError, match=f"positions: got .* wanted {wanted}"):
+        torch.ops.fxfuse.norm_rope(*args)
+    meta = (a.to("meta") if isinstance(a, Tensor) else a for a in args)
+    with pytest.raises(ValueError, match=f"positions: got .* wanted {wanted}"):
+        torch.ops.fxfuse.norm_rope(*meta)
 
 
 def test_norm_after_the_rotation_with_offset_and_scales():
@@ -270,6 +332,11 @@ GRADED = {
     ),
     "no norm": (stream(dtype="float64"), None, None),
     "by position": (stream(dtype="float64"), None, None),
+    "by three positions": (
+        stream(rope=by_axes(neighbours(D, 8), (1, 0, 2, 2)), norm=NORM, dtype="float64"),
+        (D,),
+        None,
+    ),
     "layer": (
         stream(
             norm=Norm("head", "before", True, kind="layer", has_bias=True),
@@ -288,7 +355,12 @@ GRADED = {
 }
 
 
-LOOKED_UP = ("by position",)
+# Rows of the tables, also from the end; a row of them for each axis.
+ONE_ROW = torch.tensor([[3, 0, -1, 4, 4]])
+POSITIONS = {
+    "by position": ONE_ROW,
+    "by three positions": torch.stack([ONE_ROW, ONE_ROW.flip(1), ONE_ROW.roll(2, 1)]),
+}
 
 
 def graded_inputs(name: str) -> tuple[tuple, str]:
@@ -300,10 +372,8 @@ def graded_inputs(name: str) -> tuple[tuple, str]:
     b = draw(*weight_shape, seed=4).requires_grad_() if has_bias else None
     cos, sin = angles(D)
     # An eps of 1 clamps the half of all rows.
-    positions = torch.tensor([[3, 0, -1, 4, 4]]) if name in LOOKED_UP else None
-    return (q, k, w, w, b, b, scale, scale, cos, sin, positions, 1e-6, 1.0), Record(
-        one, one
-    ).to_text()
+    tables = (cos, sin, POSITIONS.get(name))
+    return (q, k, w, w, b, b, scale, scale, *tables, 1e-6, 1.0), Record(one, one).to_text()
 
 
 @pytest.mark.parametrize("name", GRADED)
