@@ -35,8 +35,9 @@ def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> No
 
 def backward(ctx: Any, q_grad: Tensor, k_grad: Tensor) -> tuple[Tensor | None, ...]:
     saved = dict(zip(TENSORS, ctx.saved_tensors, strict=True))
-    record: Record = ctx.record
-    tables = reference.tables(saved["cos"], saved["sin"], saved["positions"], record)
+    cos, sin, record = reference.by_token(
+        saved["cos"], saved["sin"], saved["positions"], ctx.record
+    )
     grads: dict[str, Tensor | None] = {}
     for name, grad, stream, eps in (
         ("q", q_grad, record.q, ctx.eps[0]),
@@ -47,7 +48,7 @@ def backward(ctx: Any, q_grad: Tensor, k_grad: Tensor) -> tuple[Tensor | None, .
             continue
         names = (name, f"{name}_weight", f"{name}_bias", f"{name}_scale")
         weight, bias, scale = (saved[n] for n in names[1:])
-        found = row(grad, x, stream, weight, bias, scale, tables, eps)
+        found = row(grad, x, stream, weight, bias, scale, (cos, sin), eps)
         grads |= dict(zip(names, found, strict=True))
     return *(grads.get(name) for name in TENSORS), None, None, None
 
@@ -147,7 +148,6 @@ def transposed(stream: Stream) -> Stream:
             sin=Pair(turn.sin.second, turn.sin.first, turn.sin.step),
             signs=(turn.signs[1], turn.signs[0]),
             by_head=turn.by_head,
-            axes=turn.axes,
         )
     passes = tuple(Pass(p.y_start, p.x_start, p.length) for p in stream.passes)
     return dataclasses.replace(stream, rotation=turn, passes=passes)

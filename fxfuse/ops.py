@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fxfuse import gradients, reference
-from fxfuse.patterns.axes import column_axes
+from fxfuse.patterns.axes import by_token
 from fxfuse.patterns.record import Record, Stream
 
 NORM_ROPE = (
@@ -144,7 +144,7 @@ def read_record(text: str) -> Record:
     for name, stream in (("q", record.q), ("k", record.k), ("v", record.v)):
         if stream is not None:
             _check_tiling(name, stream)
-    column_axes(record, "cos"), column_axes(record, "sin")
+    by_token(record)
     return record
 
 

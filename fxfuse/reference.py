@@ -10,7 +10,8 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from fxfuse.patterns.axes import column_axes, runs_of
+from fxfuse.patterns import axes
+from fxfuse.patterns.axes import Columns, columns_of, runs_of
 from fxfuse.patterns.norms import NORM_KINDS
 from fxfuse.patterns.record import AddNorm, Norm, Pair, Record, Rotation, Stream
 from fxfuse.reference_store import unrounded, write_
@@ -36,7 +37,7 @@ def norm_rope(
     record: Record,
 ) -> tuple[Tensor, Tensor | None]:
     """q and k after their record: scale * row_scale * norm/rope(x), see `row`; None without k."""
-    cos, sin = tables(cos, sin, positions, record)
+    cos, sin, record = by_token(cos, sin, positions, record)
     q_row = row(q, record.q, q_weight, q_bias, q_scale, cos, sin, q_eps)
     if k is None or record.k is None:
         return q_row, None
@@ -67,10 +68,10 @@ def norm_rope_store_(
     record: Record,
 ) -> tuple[Tensor, Tensor | None]:
     """As `norm_rope`; then k's rows into k_cache at its layout's indices, v's into v_cache."""
+    cos, sin, record = by_token(cos, sin, positions, record)
     store = record.store
     assert store is not None
     at = (slots, offsets)
-    cos, sin = tables(cos, sin, positions, record)
     q_row = row(q, record.q, q_weight, q_bias, q_scale, cos, sin, q_eps)
     k_row = None
     if k is not None and record.k is not None:
@@ -86,39 +87,41 @@ def norm_rope_store_(
     return q_row, k_row
 
 
-def tables(
+def by_token(
     cos: Tensor | None, sin: Tensor | None, positions: Tensor | None, record: Record
-) -> tuple[Tensor | None, Tensor | None]:
-    """cos and sin by token [B|1, T|1, R], taken by position where there are positions."""
-    return (
-        looked_up(cos, positions, column_axes(record, "cos")),
-        looked_up(sin, positions, column_axes(record, "sin")),
-    )
+) -> tuple[Tensor | None, Tensor | None, Record]:
+    """cos and sin [B|1, T|1, R] by token, taken by position where there are positions, and the
+    record over these.
+    """
+    cos = looked_up(cos, positions, columns_of(record, "cos"))
+    sin = looked_up(sin, positions, columns_of(record, "sin"))
+    return cos, sin, axes.by_token(record)
 
 
 def looked_up(
-    table: Tensor | None, positions: Tensor | None, axes: tuple[int, ...] = ()
+    table: Tensor | None, positions: Tensor | None, columns: Columns | None = None
 ) -> Tensor | None:
-    """A table's rows by position: y[b, t, c] = table[0, positions[b, t], c], or, with an axis for
-    each column, table[0, positions[axes[c], b, t], c]; the table itself without positions.
+    """A table's rows by position: y[b, t, c] = table[0, positions[b, t], c]; of columns by axes
+    y[b, t, c] = table[0, positions[axes[c], b, t], first + c]; the table itself without positions.
 
-    Shapes: table [1, N, R]; positions [B|1, T|1] or [axes, B|1, T|1]; y [B|1, T|1, R], of as many
-        columns as there are axes.
+    Shapes: table [1, N, R]; positions [B|1, T|1] or [axes, B|1, T|1]; y [B|1, T|1, R or columns].
     """
     if table is None or positions is None:
         return table
     index: list[Tensor] = [positions]
-    if axes:
-        columns = torch.arange(len(axes), device=positions.device)
-        index = [by_column(positions, columns, axes), columns]
+    if columns is not None:
+        channels = torch.arange(len(columns.axes), device=positions.device)
+        index = [by_column(positions, channels, columns.axes), channels + columns.first]
     rows: Tensor = torch.ops.aten.index.Tensor(table[0], index)
     return rows
 
 
-def by_column(positions: Tensor, columns: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """y[b, t, c] = positions[axes[c], b, t]. Shapes: [axes, B, T], [R] -> [B, T, R]."""
-    base, *runs = runs_of(axes)
-    y = positions[base.axis].unsqueeze(-1).expand(-1, -1, len(axes))
+def by_column(positions: Tensor, columns: Tensor, by: tuple[int, ...]) -> Tensor:
+    """y[b, t, c] = positions[by[c], b, t]. Shapes: positions [axes, B, T], columns [R], the numbers
+    of the columns; y [B, T, R].
+    """
+    base, *runs = runs_of(by)
+    y = positions[base.axis].unsqueeze(-1).expand(-1, -1, len(by))
     for run in runs:
         at = columns - run.first
         own = (at >= 0) & (at < run.step * run.count) & (at % run.step == 0)

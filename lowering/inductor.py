@@ -127,8 +127,12 @@ def fakes() -> tuple[Any, ...]:
     return tuple(args)
 
 
-def lower_graph(graph: fx.Graph, args: Sequence[Any]) -> Any:
-    """Run a traced graph on boxes, each call through Inductor's lowering of it."""
+def lower_graph(
+    graph: fx.Graph, args: Sequence[Any], in_memory: frozenset[Any] = frozenset()
+) -> Any:
+    """Run a traced graph on boxes, each call through Inductor's lowering of it; results of the ops
+    `in_memory` are written once for all their readers.
+    """
     env: dict[fx.Node, Any] = {}
     remaining = iter(args)
     for node in graph.nodes:
@@ -141,6 +145,8 @@ def lower_graph(graph: fx.Graph, args: Sequence[Any]) -> Any:
         # Some lowerings (cat) read the result's shape from the node they believe to be lowering.
         with V.graph.set_current_node(node):
             env[node] = _lowering_of(node)(*node_args, **node_kwargs)
+        if node.target in in_memory:
+            written(env[node])
     raise AssertionError("a traced graph ends in its output")
 
 

@@ -8,6 +8,8 @@ index_put_.
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from fxfuse import reference
 from fxfuse.lowering import inductor
 from fxfuse.patterns.record import Record, Stream
@@ -17,6 +19,9 @@ REFERENCES: dict[str, Callable[..., Any]] = {
     "norm_rope_store_": reference.norm_rope_store_,
 }
 
+
+# What a table gives by position is loaded by every head: choosing and gathering it once is cheaper.
+LOOKUPS = frozenset({torch.ops.aten.index.Tensor})
 
 # Where cos and sin stand among the ops' arguments.
 _TABLES = {"norm_rope": slice(8, 10), "norm_rope_store_": slice(9, 11)}
@@ -31,7 +36,7 @@ def lower(name: str, args: tuple[Any, ...], record: Record) -> tuple[Any, Any]:
     # Tables in memory, or every layer would compute their sines again.
     for table in (n for n in args[_TABLES[name]] if n is not None):
         inductor.written(table)
-    q_row, k_row = inductor.lower_graph(inductor.traced(run).graph, args)
+    q_row, k_row = inductor.lower_graph(inductor.traced(run).graph, args, LOOKUPS)
     q, k = args[0], args[1]
     k_kept = k is not None and record.k is not None and record.k.keep
     q_out = _in_order(q_row, record.q)

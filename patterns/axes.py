@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Literal
 
-from fxfuse.patterns.record import Record
+from fxfuse.patterns.record import Pair, Record, Stream
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,10 +54,18 @@ def _first_run(axis: int, places: Sequence[int]) -> Run:
     return Run(axis, first, step, count)
 
 
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """The columns of a table that pairs read: the axis of each from the first on."""
+
+    first: int
+    axes: tuple[int, ...]
+
+
 @functools.cache
-def column_axes(record: Record, table: Literal["cos", "sin"]) -> tuple[int, ...]:
-    """The axis of each column of a table, up to the last that a pair reads; () where tokens have
-    one position. A column that no pair reads has the axis that most have.
+def columns_of(record: Record, table: Literal["cos", "sin"]) -> Columns | None:
+    """The columns of a table that is read by axes; None where tokens have one position. A column
+    between them that no pair reads has the axis that most have.
 
     Errors: ValueError where two pairs read one column by different axes, or q has axes and k none.
     """
@@ -75,6 +83,30 @@ def column_axes(record: Record, table: Literal["cos", "sin"]) -> tuple[int, ...]
                         f"{found[column]} and {axis}; give each its own column"
                     )
     if not found:
-        return ()
+        return None
     most = Counter(found.values()).most_common(1)[0][0]
-    return tuple(found.get(column, most) for column in range(max(found) + 1))
+    first, end = min(found), max(found) + 1
+    return Columns(first, tuple(found.get(column, most) for column in range(first, end)))
+
+
+@functools.cache
+def by_token(record: Record) -> Record:
+    """The record over the tables that lookups by axes give: they begin at the first column read."""
+    cos, sin = columns_of(record, "cos"), columns_of(record, "sin")
+    if cos is None or sin is None:
+        return record
+
+    def moved(stream: Stream) -> Stream:
+        turn = stream.rotation
+        if turn is None:
+            return stream
+        pairs = (_moved(turn.cos, cos.first), _moved(turn.sin, sin.first))
+        turn = dataclasses.replace(turn, cos=pairs[0], sin=pairs[1], axes=())
+        return dataclasses.replace(stream, rotation=turn)
+
+    k = record.k and moved(record.k)
+    return dataclasses.replace(record, q=moved(record.q), k=k)
+
+
+def _moved(pair: Pair, start: int) -> Pair:
+    return Pair(pair.first - start, pair.second - start, pair.step)

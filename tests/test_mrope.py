@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import fxfuse
-from fxfuse.patterns.axes import column_axes, runs_of
+from fxfuse.patterns.axes import columns_of, runs_of
 from fxfuse.patterns.record import Record
 from tests.mrope_toys import PICKS, MRope, Pick, Prelude, Sizes, axes_of, contiguous, positions
 from tests.sites import BY_AXES, SITES
@@ -356,7 +356,7 @@ def test_pairs_of_two_axes_do_not_share_a_column() -> None:
     assert q.rotation is not None
     other = dataclasses.replace(q, rotation=dataclasses.replace(q.rotation, axes=(1,) * 16))
     with pytest.raises(ValueError, match="column 0 of cos is read by axes 0 and 1"):
-        column_axes(Record(q, other), "cos")
+        columns_of(Record(q, other), "cos")
     plain = dataclasses.replace(q, rotation=dataclasses.replace(q.rotation, axes=()))
     with pytest.raises(ValueError, match="both have axes or neither"):
-        column_axes(Record(q, plain), "cos")
+        columns_of(Record(q, plain), "cos")
