@@ -96,7 +96,22 @@ def main() -> None:
     check(operands("qwen3", batch=1, tokens=1, heads=16, kv_heads=8, dtype=torch.bfloat16))
     check(operands("llama", heads=1, kv_heads=4))
     # Many tokens: several of them in a program, and a last program that is not full.
+    check(operands("mrope, in turns", batch=1, tokens=67, heads=40))
     check(operands("qwen3", batch=1, tokens=67, heads=40, slots=80))
+    # Positions outside the table on one axis: their pairs turn by nothing that is read, the others
+    # as ever; the table lies in the middle of NaN.
+    case = operands("mrope", tokens=5)
+    positions = case.tensors["positions"]
+    wanted = launched(case)[0].clone()
+    for table in ("cos", "sin"):
+        surrounded = torch.full((3, *case.tensors[table].shape[1:]), float("nan"))
+        surrounded[1] = case.tensors[table][0]
+        case.tensors[table] = surrounded[1:2]
+    positions[1, :, 0], positions[1, :, 1] = 50, -51
+    got = launched(case)[0]
+    assert not got.isnan().any() and torch.equal(got[:, 2:], wanted[:, 2:])
+    others = [*range(4), *range(10, 20), *range(26, 128)]
+    assert torch.equal(got[:, :2, :, others], wanted[:, :2, :, others])
     # A slot outside the cache is never written.
     case = operands("qwen3", tokens=2, slots=4)
     case.tensors["slots"] = torch.tensor([[4, -1]])

@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 import fxfuse
@@ -212,6 +214,33 @@ def test_one_compile_for_every_number_of_tokens() -> None:
             assert_like(compiled(x, at), toy(x, at))
             assert looked_up(fxfuse.last_report()) is not None
     assert counter == 1
+
+
+@pytest.mark.parametrize("neox", [True, False], ids=["neox", "neighbours"])
+def test_through_inductor(neox: bool) -> None:
+    toy = Prelude(MRope(PICKS["in turns"], neox, PARTIAL))
+    at = positions(TOKENS, PARTIAL.rows) - PARTIAL.rows
+    assert looked_up(report_of(toy, at, "inductor")) is not None
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    pick=st.sampled_from(sorted(PICKS)),
+    neox=st.booleans(),
+    section=st.tuples(st.integers(2, 5), st.integers(1, 4), st.integers(1, 4)),
+    passed=st.integers(0, 3),
+    tokens=st.integers(1, 6),
+    seed=st.integers(0, 2**16),
+)
+def test_any_sections(
+    pick: str, neox: bool, section: tuple[int, ...], passed: int, tokens: int, seed: int
+) -> None:
+    torch._dynamo.reset()
+    sizes = Sizes(section=section, head_dim=2 * (sum(section) + passed))
+    toy = Prelude(MRope(PICKS[pick], neox, sizes))
+    record = looked_up(report_of(toy, positions(tokens, sizes.rows, seed)))
+    assert record is not None and record.q.rotation is not None
+    assert record.q.rotation.axes == axes_of(pick, list(section))
 
 
 # --- near misses: right, and the lookup stays the graph's ---------------------------------------
