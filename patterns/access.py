@@ -2,6 +2,7 @@
 `Access`.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -105,14 +106,22 @@ def rstd_access(
     return rows_access(Factor(rows.leaf, tuple(axes)), groups, steps)
 
 
-def table_access(table: Factor, groups: Sequence[Sequence[Atom]], channels: int) -> Access:
-    """A table as [B | 1, T | 1, R] or [B | 1, T | 1, H | 1, R], one axis for each group; its last
-    `channels` axes are flattened to R, a complex one is taken as its real view, [.., 2 R].
+def table_access(
+    table: Factor, groups: Sequence[Sequence[Atom]], channels: Sequence[int]
+) -> Access:
+    """A table as [B | 1, T | 1, R] or [B | 1, T | 1, H | 1, R], one axis for each group; its axes
+    `channels` are flattened to R, a complex one is taken as its real view, [.., 2 R].
     """
-    last = len(table.axes) - channels
+    if channels[-1] != len(table.axes) - 1:
+        order = (*(j for j in range(len(table.axes)) if j not in channels), *channels)
+        shape, axes = (tuple(x[j] for j in order) for x in (table.leaf.shape, table.axes))
+        moved = Factor(dataclasses.replace(table.leaf, shape=shape), axes)
+        access = table_access(moved, groups, range(len(order) - len(channels), len(order)))
+        return Access(table.leaf, (("permute", order), *access.steps))
+    last = channels[0]
     heads = [(a, s) for index in table.axes[last:] for a, s in index.strides if s]
     labels: list[Label] = [*_axes(last), CHANNELS]
-    steps: list[Step] = [("flatten", last)] if channels > 1 else []
+    steps: list[Step] = [("flatten", last)] if len(channels) > 1 else []
     if table.leaf.part:
         steps = [("view_as_real",), ("flatten", last)]
     if heads:

@@ -37,6 +37,7 @@ from fxfuse.patterns.roles import (
     common_of,
     entries_of,
     is_table,
+    row_axes,
     sort,
     split_bias,
 )
@@ -266,10 +267,9 @@ def _unturned(value: Value, dims: list[int], turning: set[int], *, rotates: bool
 def _table(parts: Parts, leaf: Leaf, atoms: Sequence[tuple[Atom, ...]]) -> Access:
     """A table's operand; every product that reads it must read the same row."""
     factors = [t for t in parts.tables if t is not None and t.leaf is leaf]
-    channels = channel_axes(parts, leaf)
-    if any(t.axes[:-channels] != factors[0].axes[:-channels] for t in factors):
+    if any(row_axes(parts, t) != row_axes(parts, factors[0]) for t in factors):
         raise Refused("a table that is read at several rows")
-    return table_access(factors[0], atoms, channels)
+    return table_access(factors[0], atoms, channel_axes(parts, leaf))
 
 
 def _weight(
@@ -322,4 +322,4 @@ def _bias(
 def _turning(parts: Parts) -> set[tuple[Leaf, tuple[Index, ...]]]:
     """The tables, and at which rows they are read."""
     tables = [t for t in parts.tables if t is not None]
-    return {(t.leaf, t.axes[: -channel_axes(parts, t.leaf)]) for t in tables}
+    return {(t.leaf, row_axes(parts, t)) for t in tables}

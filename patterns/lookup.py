@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import fx
 
+from fxfuse.patterns import shapes
 from fxfuse.patterns.access import Refused
 from fxfuse.patterns.atoms import flatten_explicit
 from fxfuse.patterns.memory import Memory
@@ -146,6 +147,10 @@ def _lookup(
     if leaf.version != reading.versions_at(leaf.slot.call, leaf.slot.storage):
         raise Opaque("a table that is written behind its lookup")
     value = rearranged(leaf.slot, reading, lambda call: _operands(call) is not None)
+    row_steps = access.steps
+    if row_steps[:1] and row_steps[0][0] == "permute":
+        # Channels may stand in front of the rows.
+        value, row_steps = shapes.permute(value, row_steps[0][1]), row_steps[1:]
     rows, places, axis = _rows_and_places(value)
     call = rows.leaf.slot.call
     found = _operands(call)
@@ -161,7 +166,7 @@ def _lookup(
             raise Opaque("a table or positions that are not at hand")
         if memory.version(slot.storage, call.node) != memory.version(slot.storage, before):
             raise Opaque("a table or positions that are written behind the lookup")
-    steps = (*_ordered(rows, value, axis), *_row_steps(access.steps, value, axis is not None))
+    steps = (*_ordered(rows, value, axis), *_row_steps(row_steps, value, axis is not None))
     whole_table = Access(_leaf(leaf, table), (("unsqueeze", 0),))
     return _Lookup(whole_table, Access(_leaf(leaf, positions), steps), places)
 

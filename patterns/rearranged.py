@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.fx.node import map_aggregate
 
+from fxfuse.patterns.chosen import CHOICES, chosen
 from fxfuse.patterns.read import Reading
 from fxfuse.patterns.transfer import TRANSFERS, is_exact_cast, transferred
 from fxfuse.patterns.value import Kind, Leaf, Opaque, Value, leaf_value
@@ -51,6 +52,8 @@ def rearranged(slot: Slot, reading: Reading, stop: Callable[[Call], bool]) -> Va
         if stop(call):
             return leaf_value(Leaf(-1, slot.shape, slot.dtype, Kind.TABLE, slot))
         _check_call(call, reading)
+        if call.op in CHOICES:
+            return chosen(value(call.args[0]), call, reading.writes)
         args, kwargs = map_aggregate(
             (call.args, call.kwargs), lambda x: value(x) if isinstance(x, Slot) else x
         )
@@ -63,13 +66,14 @@ def rearranged(slot: Slot, reading: Reading, stop: Callable[[Call], bool]) -> Va
 def _check_call(call: Call, reading: Reading) -> None:
     """Raises Opaque unless the call only moves the elements that its operands were made with."""
     entry = TRANSFERS.get(call.op)
-    moves = entry is not None and (entry.relation in ("view", "same") or call.op in JOINTS)
-    if not moves or call.writes:
+    relation = entry.relation if entry is not None else ""
+    if not (relation in ("view", "same") or call.op in JOINTS or call.op in CHOICES) or call.writes:
         raise Opaque(f"{call.op} does not only move elements")
     for operand in call.inputs():
-        if not all(is_exact_cast(operand.dtype, out.dtype) for out in call.outs):
+        floating = operand.dtype.is_floating_point
+        if floating and not all(is_exact_cast(operand.dtype, out.dtype) for out in call.outs):
             raise Opaque("a cast that rounds")
-        if is_written(operand, reading, reading.positions[call]):
+        if operand.call is None or is_written(operand, reading, reading.positions[call]):
             raise Opaque("a tensor that is written before it is read")
 
 

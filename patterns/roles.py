@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from fxfuse.patterns.access import Refused
 from fxfuse.patterns.norms import before_centring, is_centred, real, rows_of
 from fxfuse.patterns.rotation import Entry
-from fxfuse.patterns.value import Atom, Factor, Kind, Leaf, Value, is_statistic
+from fxfuse.patterns.value import Atom, Factor, Index, Kind, Leaf, Value, is_statistic
 from fxfuse.slots import Slot
 
 
@@ -169,19 +169,28 @@ def _place(parts: Parts, table: Factor, i: int) -> int:
     """The table's channel, row-major over its channel axes; a complex table is read as its real
     view, real and imaginary parts in turn.
     """
-    place, first = 0, len(table.axes) - channel_axes(parts, table.leaf)
-    for index, size in zip(table.axes[first:], table.leaf.shape[first:], strict=True):
+    place = 0
+    for j in channel_axes(parts, table.leaf):
+        size = table.leaf.shape[j]
         if not isinstance(size, int):
             raise Refused("a table of unknown width")
-        place = place * size + index.offsets[i]
+        place = place * size + table.axes[j].offsets[i]
     return place if not table.leaf.part else 2 * place + (table.leaf.part == "im")
 
 
-def channel_axes(parts: Parts, leaf: Leaf) -> int:
-    """How many of a table's last axes the channels walk: one, or three of a table of 2 x 2
-    matrices.
+def channel_axes(parts: Parts, leaf: Leaf) -> tuple[int, ...]:
+    """The axes of a table that the channels walk: its last, one in front of its rows, or the last
+    three of a table of 2 x 2 matrices.
     """
     factors = [t for t in parts.tables if t is not None and t.leaf is leaf]
     axes = range(len(leaf.shape))
     walked = [j for j in axes if any(len(set(t.axes[j].offsets)) > 1 for t in factors)]
-    return len(leaf.shape) - min(walked, default=len(leaf.shape) - 1)
+    if len(walked) == 1 and any(t.axes[j].strides for t in factors for j in axes[walked[0] :]):
+        return tuple(walked)
+    return tuple(axes[min(walked, default=len(axes) - 1) :])
+
+
+def row_axes(parts: Parts, table: Factor) -> tuple[Index, ...]:
+    """Where a table is read along the axes that the channels do not walk."""
+    channels = channel_axes(parts, table.leaf)
+    return tuple(index for j, index in enumerate(table.axes) if j not in channels)

@@ -46,11 +46,22 @@ def in_turns_by_slices(x: Tensor, section: list[int]) -> Tensor:
     return torch.cat([x[a, ..., i : i + 1] for i, a in enumerate(turns(section))], dim=-1)
 
 
+def in_turns_by_index(x: Tensor, section: list[int]) -> Tensor:
+    return x[torch.tensor(turns(section)), :, torch.arange(sum(section))].T
+
+
+def in_turns_gathered(x: Tensor, section: list[int]) -> Tensor:
+    axes = torch.tensor(turns(section), device=x.device).expand(1, *x.shape[1:])
+    return x.gather(0, axes).squeeze(0)
+
+
 PICKS: dict[str, Pick] = {
     "contiguous": contiguous,
     "interleaved": interleaved,
     "in turns": in_turns,
     "in turns, by slices": in_turns_by_slices,
+    "in turns, by index": in_turns_by_index,
+    "in turns, gathered": in_turns_gathered,
 }
 
 

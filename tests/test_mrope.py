@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,17 @@ from torch import Tensor
 import fxfuse
 from fxfuse.patterns.axes import columns_of, runs_of
 from fxfuse.patterns.record import Record
-from tests.mrope_toys import PICKS, MRope, Pick, Prelude, Sizes, axes_of, contiguous, positions
+from tests.mrope_toys import (
+    PICKS,
+    MRope,
+    Pick,
+    Prelude,
+    Sizes,
+    axes_of,
+    contiguous,
+    positions,
+    turns,
+)
 from tests.sites import BY_AXES, SITES
 from tests.toys import assert_like
 
@@ -285,7 +296,29 @@ def irregular(x: Tensor, section: list[int]) -> Tensor:
     return torch.cat([y[..., 1:2], y[..., :1], y[..., 2:]], dim=-1)
 
 
+def by_what_an_input_says(x: Tensor, section: list[int]) -> Tensor:
+    """The map depends on the data, if only as zeros."""
+    axes = torch.tensor(turns(section)) + (x[0, 0, :1] * 0).long()
+    return x[axes, :, torch.arange(sum(section))].T
+
+
+def by_a_map_written_to(x: Tensor, section: list[int]) -> Tensor:
+    axes = torch.tensor(turns(section))
+    axes.clamp_(max=1)
+    return x[axes, :, torch.arange(sum(section))].T
+
+
+def of_other_tokens(x: Tensor, section: list[int]) -> Tensor:
+    """Each pair's axis, and the token before."""
+    axes = torch.tensor(turns(section)).expand(1, x.shape[1] - 1, -1)
+    y = x.gather(0, axes)[0]
+    return torch.cat([y[:1], y], 0)
+
+
 MISSES: dict[str, Pick] = {
+    "by what an input says": by_what_an_input_says,
+    "by a map written to": by_a_map_written_to,
+    "of other tokens": of_other_tokens,
     "another": of_another,
     "rounded": rounded,
     "shifted tokens": shifted_tokens,
@@ -329,6 +362,20 @@ class TwoPositions(MRope):
         return cos, sin
 
 
+class MapInABuffer(MRope):
+    """The map is an input of the graph: what it says may change from call to call."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_buffer("axes", torch.tensor(turns(list(self.sizes.section))))
+
+    def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = self.cos_sin_cache[positions].chunk(2, dim=-1)
+        columns = torch.arange(cos.shape[-1])
+        cos, sin = (t[self.axes, :, columns].T for t in (cos, sin))
+        return cos, sin
+
+
 class CrossedAxes(MRope):
     """cos and sin of a pair by different axes."""
 
@@ -338,7 +385,7 @@ class CrossedAxes(MRope):
         return self.pick(cos, section), self.pick(sin, section[::-1])
 
 
-@pytest.mark.parametrize("rope", [TwoPositions, CrossedAxes])
+@pytest.mark.parametrize("rope", [TwoPositions, CrossedAxes, MapInABuffer])
 def test_tables_that_no_map_of_pairs_gives_stay_the_graphs(rope: type[MRope]) -> None:
     toy = Prelude(rope(contiguous, sizes=Sizes(section=(7, 5, 4))))
     assert looked_up(report_of(toy, positions(TOKENS, WHOLE.rows))) is None
