@@ -160,6 +160,8 @@ def _lookup(
     integers = positions.dtype in (torch.int32, torch.int64)
     if not integers or not whole or len(rows.leaf.shape) != len(positions.shape) + 1:
         raise Opaque("no rows of a whole table by position")
+    if any(slot.device != leaf.slot.device for slot in (table, positions)):
+        raise Opaque("a table or positions on another device")
     for slot in (table, positions):
         node = holder.get(slot)
         if node is None or memory.index[node] >= memory.index[before]:

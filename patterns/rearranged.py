@@ -73,6 +73,8 @@ def _check_call(call: Call, reading: Reading) -> None:
         floating = operand.dtype.is_floating_point
         if floating and not all(is_exact_cast(operand.dtype, out.dtype) for out in call.outs):
             raise Opaque("a cast that rounds")
+        if any(out.device != operand.device for out in call.outs):
+            raise Opaque("a tensor that moves to another device")
         if operand.call is None or is_written(operand, reading, reading.positions[call]):
             raise Opaque("a tensor that is written before it is read")
 

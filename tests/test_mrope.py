@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,11 @@ from torch import Tensor
 
 import fxfuse
 from fxfuse.patterns.axes import columns_of, runs_of
+from fxfuse.patterns.lookup import _lookup
 from fxfuse.patterns.record import Record
+from fxfuse.patterns.site import Access
+from fxfuse.patterns.value import Kind, Leaf, Opaque
+from fxfuse.slots import Call, Slot
 from tests.mrope_toys import (
     PICKS,
     MRope,
@@ -305,7 +310,7 @@ def by_what_an_input_says(x: Tensor, section: list[int]) -> Tensor:
 def by_a_map_written_to(x: Tensor, section: list[int]) -> Tensor:
     axes = torch.tensor(turns(section))
     axes.clamp_(max=1)
-    return x[axes, :, torch.arange(sum(section))].T
+    return x[axes.view(-1), :, torch.arange(sum(section))].T
 
 
 def of_other_tokens(x: Tensor, section: list[int]) -> Tensor:
@@ -389,6 +394,37 @@ class CrossedAxes(MRope):
 def test_tables_that_no_map_of_pairs_gives_stay_the_graphs(rope: type[MRope]) -> None:
     toy = Prelude(rope(contiguous, sizes=Sizes(section=(7, 5, 4))))
     assert looked_up(report_of(toy, positions(TOKENS, WHOLE.rows))) is None
+
+
+NODE: Any = None
+
+
+def slot(shape: tuple[int, ...], device: str, call: Call | None = None, **kwargs: Any) -> Slot:
+    dtype = kwargs.get("dtype", torch.float32)
+    stride = torch.empty(shape, device="meta").stride()
+    made = Slot(shape, stride, 0, dtype, torch.device(device), 0, NODE, call)
+    if call is not None:
+        call.outs = (made,)
+    return made
+
+
+@pytest.mark.parametrize("moved", ["positions", "rows"])
+def test_what_lies_on_two_devices_is_looked_up_by_the_graph(moved: str) -> None:
+    """A table on a GPU may be indexed by positions on the CPU, which its kernels cannot read."""
+    where = "cpu" if moved == "positions" else "cuda"
+    table, at = slot((9, 4), "cuda"), slot((5,), where, dtype=torch.int64)
+    calls = [Call(torch.ops.aten.index.Tensor, (table, [at]), {}, NODE)]
+    rows = slot((5, 4), "cuda", calls[0])
+    if moved == "rows":
+        calls.append(Call(torch.ops.aten._to_copy.default, (rows,), {}, NODE))
+        rows = slot((5, 4), "cpu", calls[1])
+    leaf = Leaf(0, rows.shape, rows.dtype, Kind.TABLE, rows)
+    reading = SimpleNamespace(
+        positions={call: i for i, call in enumerate(calls)}, writes={}, versions_at=lambda *_: 0
+    )
+    memory: Any = SimpleNamespace(reading=reading)
+    with pytest.raises(Opaque, match="another device"):
+        _lookup(Access(leaf, ()), NODE, memory, {})
 
 
 # --- the map -------------------------------------------------------------------------------------
