@@ -9,6 +9,7 @@ that several sites read is looked up once for all of them, by the graph.
 """
 
 import dataclasses
+import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -20,13 +21,16 @@ from fxfuse.patterns import shapes
 from fxfuse.patterns.access import Refused
 from fxfuse.patterns.atoms import flatten_explicit
 from fxfuse.patterns.memory import Memory
+from fxfuse.patterns.prove import Disproved
+from fxfuse.patterns.prove_lookup import Looked, prove_lookup
 from fxfuse.patterns.rearranged import rearranged
-from fxfuse.patterns.record import Pair, Rotation, Stream
+from fxfuse.patterns.record import Pair, Stream
 from fxfuse.patterns.rotation import fit
 from fxfuse.patterns.site import Access, Site, Step
 from fxfuse.patterns.value import Atom, Factor, Index, Leaf, Opaque, Value
 from fxfuse.slots import Call, Slot
 
+log = logging.getLogger(__name__)
 aten = torch.ops.aten
 
 # Table and positions of a call that takes rows of a table, None where it takes something else.
@@ -50,14 +54,24 @@ LOOKUPS: dict[Any, Read] = {
 
 
 def with_lookups(
-    sites: Sequence[Site], memory: Memory, holder: Mapping[Slot, fx.Node]
+    sites: Sequence[Site], memory: Memory, holder: Mapping[Slot, fx.Node], disproved: list[str]
 ) -> list[Site]:
-    """The sites, those that alone read a looked-up table with the lookup inside."""
+    """The sites, those that alone read a looked-up table with the lookup inside; what is disproved
+    of these is added to the list.
+    """
     readers = Counter(leaf for site in sites for leaf in _tables(site))
-    return [
-        _looked_up(site, memory, holder) if all(readers[t] == 1 for t in _tables(site)) else site
-        for site in sites
-    ]
+    found = []
+    for site in sites:
+        try:
+            alone = all(readers[table] == 1 for table in _tables(site))
+            found.append(_looked_up(site, memory, holder) if alone else site)
+        except (Opaque, Refused) as reason:
+            log.debug("fxfuse: %s: looked up by the graph: %s", site.q.slot.node, reason)
+            found.append(site)
+        except Disproved as error:
+            disproved.append(f"{site.q.slot.node.name}: {error}")
+            found.append(site)
+    return found
 
 
 def _tables(site: Site) -> set[Leaf]:
@@ -68,27 +82,25 @@ def _looked_up(site: Site, memory: Memory, holder: Mapping[Slot, fx.Node]) -> Si
     q, record, turn = site.q, site.record, site.record.q.rotation
     if q.cos is None or q.sin is None or turn is None or turn.by_head:
         return site
-    try:
-        cos, sin = (_lookup(access, site.before, memory, holder) for access in (q.cos, q.sin))
-        if cos.table.leaf.shape[0] != sin.table.leaf.shape[0]:
-            raise Opaque("tables of different lengths")
-        if cos.positions.leaf.slot is not sin.positions.leaf.slot:
-            raise Opaque("tables by different positions")
-        if cos.positions.steps != sin.positions.steps:
-            raise Opaque("tables by positions in different order")
-        streams = (record.q, record.k)
-        q_stream, k_stream = (s and _turned(s, cos.places, sin.places) for s in streams)
-        assert q_stream is not None
-        if k_stream and k_stream.rotation and q_stream.rotation:
-            _check_axes(q_stream.rotation, k_stream.rotation)
-    except (Opaque, Refused):
-        return site
-    new = dataclasses.replace(
+    cos, sin = (looked(access, site.before, memory, holder) for access in (q.cos, q.sin))
+    if cos.table.leaf.shape[0] != sin.table.leaf.shape[0]:
+        raise Opaque("tables of different lengths")
+    if cos.positions.leaf.slot is not sin.positions.leaf.slot:
+        raise Opaque("tables by different positions")
+    if cos.positions.steps != sin.positions.steps:
+        raise Opaque("tables by positions in different order")
+    q_stream = _turned(record.q, cos.places, sin.places)
+    k_stream = _turned(record.k, cos.places, sin.places) if record.k else None
+    axes = {s.rotation.axes for s in (q_stream, k_stream) if s is not None and s.rotation}
+    if len(axes) > 1:
+        raise Opaque("q and k that turn by different axes")
+    new = dataclasses.replace(record, q=q_stream, k=k_stream)
+    prove_lookup(cos, sin, record, new)
+    q = dataclasses.replace(
         q, stream=q_stream, cos=cos.table, sin=sin.table, positions=cos.positions
     )
     k = dataclasses.replace(site.k, stream=k_stream) if site.k and k_stream else None
-    record = dataclasses.replace(record, q=q_stream, k=k_stream)
-    return dataclasses.replace(site, record=record, q=new, k=k)
+    return dataclasses.replace(site, record=new, q=q, k=k)
 
 
 # For each channel of a looked-up table the axis of positions that chose its row (None where a token
@@ -96,14 +108,12 @@ def _looked_up(site: Site, memory: Memory, holder: Mapping[Slot, fx.Node]) -> Si
 Places: TypeAlias = tuple[tuple[int | None, int], ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Lookup:
-    """A whole table as [1, N, R], and the positions of its rows as [B|1, T|1], or as
-    [axes, B|1, T|1] where the rows of several axes are mixed.
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Lookup(Looked):
+    """Its table is [1, N, R], its positions [B|1, T|1], or [axes, B|1, T|1] where the rows of
+    several axes are mixed.
     """
 
-    table: Access
-    positions: Access
     places: Places
 
 
@@ -132,12 +142,7 @@ def _members(pair: Pair, pairs: int, places: Places) -> list[Places]:
     return [tuple(places[start + i] for start in starts) for i in steps]
 
 
-def _check_axes(q: Rotation, k: Rotation) -> None:
-    if q.axes != k.axes:
-        raise Opaque("q and k that turn by different axes")
-
-
-def _lookup(
+def looked(
     access: Access, before: fx.Node, memory: Memory, holder: Mapping[Slot, fx.Node]
 ) -> _Lookup:
     """What stands behind a table, if the op can read that in its place. Raises Opaque."""
@@ -151,7 +156,7 @@ def _lookup(
     if row_steps[:1] and row_steps[0][0] == "permute":
         # Channels may stand in front of the rows.
         value, row_steps = shapes.permute(value, row_steps[0][1]), row_steps[1:]
-    rows, places, axis = _rows_and_places(value)
+    rows, places, axis = rows_and_places(value)
     call = rows.leaf.slot.call
     found = _operands(call)
     assert found is not None
@@ -170,7 +175,8 @@ def _lookup(
             raise Opaque("a table or positions that are written behind the lookup")
     steps = (*_ordered(rows, value, axis), *_row_steps(row_steps, value, axis is not None))
     whole_table = Access(_leaf(leaf, table), (("unsqueeze", 0),))
-    return _Lookup(whole_table, Access(_leaf(leaf, positions), steps), places)
+    by = Access(_leaf(leaf, positions), steps)
+    return _Lookup(value, Access(leaf, row_steps), whole_table, by, places)
 
 
 def _operands(call: Call) -> tuple[Slot, Slot] | None:
@@ -183,7 +189,7 @@ def _leaf(like: Leaf, slot: Slot) -> Leaf:
     return dataclasses.replace(like, shape=slot.shape, dtype=slot.dtype, slot=slot, definition=None)
 
 
-def _rows_and_places(value: Value) -> tuple[Factor, Places, int | None]:
+def rows_and_places(value: Value) -> tuple[Factor, Places, int | None]:
     """The rows of one lookup that a value is made of, the place of each of its channels, and which
     axis of the rows differs between channels, if one does. Raises Opaque.
     """

@@ -82,7 +82,8 @@ class _Planner:
         self._tell_keys()
         made = {d.slot for site in self.plan.sites for d in site.streams()}
         sites = [site for site in self.plan.sites if not self._is_left(site)]
-        self.plan.sites = with_lookups(sites, self.memory, self.uses.holder)
+        holder, disproved = self.uses.holder, self.plan.disproved
+        self.plan.sites = with_lookups(sites, self.memory, holder, disproved)
         self._report_refusals(made)
         norms = Norms(self.reading, self.frontier, self.memory, self.gate)
         self.plan.norms = norms.sites

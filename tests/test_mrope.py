@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fxfuse
+from fxfuse.patterns import lookup
 from fxfuse.patterns.axes import columns_of, runs_of
-from fxfuse.patterns.lookup import _lookup
 from fxfuse.patterns.record import Record
 from fxfuse.patterns.site import Access
-from fxfuse.patterns.value import Kind, Leaf, Opaque
+from fxfuse.patterns.value import Kind, Leaf, Opaque, Value
 from fxfuse.slots import Call, Slot
 from tests.mrope_toys import (
     PICKS,
@@ -424,7 +424,26 @@ def test_what_lies_on_two_devices_is_looked_up_by_the_graph(moved: str) -> None:
     )
     memory: Any = SimpleNamespace(reading=reading)
     with pytest.raises(Opaque, match="another device"):
-        _lookup(Access(leaf, ()), NODE, memory, {})
+        lookup.looked(Access(leaf, ()), NODE, memory, {})
+
+
+@pytest.mark.parametrize("wrong", ["axes", "columns"])
+def test_a_wrong_map_is_disproved(
+    wrong: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Were the map read wrongly, the graph would keep its lookup, and the report would say so."""
+
+    read = lookup.rows_and_places
+
+    def misread(value: Value) -> Any:
+        rows, places, axis = read(value)
+        turn, shift = (1, 0) if wrong == "axes" else (0, WHOLE.rotary // 2)
+        return rows, tuple(((a + turn) % 3, (c + shift) % WHOLE.rotary) for a, c in places), axis
+
+    monkeypatch.setattr(lookup, "rows_and_places", misread)
+    toy, at = Prelude(MRope(PICKS["in turns"])), positions(TOKENS, WHOLE.rows)
+    assert looked_up(report_of(toy, at)) is None
+    assert "cos by position differs from what the graph looks up" in caplog.text
 
 
 # --- the map -------------------------------------------------------------------------------------
