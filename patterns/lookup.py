@@ -23,7 +23,8 @@ from fxfuse.patterns.atoms import flatten_explicit
 from fxfuse.patterns.memory import Memory
 from fxfuse.patterns.prove import Disproved
 from fxfuse.patterns.prove_lookup import Looked, prove_lookup
-from fxfuse.patterns.rearranged import rearranged
+from fxfuse.patterns.read import Reading
+from fxfuse.patterns.rearranged import is_wide, is_written, rearranged
 from fxfuse.patterns.record import Pair, Stream
 from fxfuse.patterns.rotation import fit
 from fxfuse.patterns.site import Access, Site, Step
@@ -160,23 +161,46 @@ def looked(
     call = rows.leaf.slot.call
     found = _operands(call)
     assert found is not None
-    table, positions = found
+    (table, reader), positions = memory_of(found[0], call, reading), found[1]
     whole = len(table.shape) == 2 and isinstance(table.shape[0], int)
     integers = positions.dtype in (torch.int32, torch.int64)
     if not integers or not whole or len(rows.leaf.shape) != len(positions.shape) + 1:
         raise Opaque("no rows of a whole table by position")
     if any(slot.device != leaf.slot.device for slot in (table, positions)):
         raise Opaque("a table or positions on another device")
-    for slot in (table, positions):
+    for slot, first in ((table, reader), (positions, call)):
         node = holder.get(slot)
         if node is None or memory.index[node] >= memory.index[before]:
             raise Opaque("a table or positions that are not at hand")
-        if memory.version(slot.storage, call.node) != memory.version(slot.storage, before):
+        if memory.version(slot.storage, first.node) != memory.version(slot.storage, before):
             raise Opaque("a table or positions that are written behind the lookup")
     steps = (*_ordered(rows, value, axis), *_row_steps(row_steps, value, axis is not None))
     whole_table = Access(_leaf(leaf, table), (("unsqueeze", 0),))
     by = Access(_leaf(leaf, positions), steps)
     return _Lookup(value, Access(leaf, row_steps), whole_table, by, places)
+
+
+COPIES = (aten._to_copy.default, aten.clone.default, aten.contiguous.default)
+
+
+def memory_of(table: Slot, reader: Call, reading: Reading) -> tuple[Slot, Call]:
+    """The tensor that came into the graph which a table is, but for casts and copies, and the call
+    that reads it. Raises Opaque of a table that the graph computes: an op would need the whole of
+    it where a compiler makes but the rows in use.
+    """
+    while (copy := table.call) is not None and copy.op in COPIES:
+        (source,) = copy.inputs()
+        if source.device != table.device or not (is_wide(source.dtype) and is_wide(table.dtype)):
+            raise Opaque("a table that is moved, or is no table of floats")
+        if is_written(table, reading, reading.positions[reader]):
+            raise Opaque("a table that is written behind its copy")
+        table, reader = source, copy
+    held = table
+    while held.call is not None:
+        if reading.relations.get(held.call) != "view":
+            raise Opaque("a table that the graph computes")
+        (held,) = held.call.inputs()
+    return table, reader
 
 
 def _operands(call: Call) -> tuple[Slot, Slot] | None:

@@ -4,7 +4,7 @@
 
 On tables the reader stops at such a call, for what it makes is loaded as it is. Here it is read
 through: in comes a slot, out comes its Value over the results of the calls that `stop` names, or
-`Opaque` where an element on the way is computed, rounded or written.
+`Opaque` where an element on the way is computed or written.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from torch.fx.node import map_aggregate
 
 from fxfuse.patterns.chosen import CHOICES, chosen
 from fxfuse.patterns.read import Reading
-from fxfuse.patterns.transfer import TRANSFERS, is_exact_cast, transferred
+from fxfuse.patterns.transfer import TRANSFERS, transferred
 from fxfuse.patterns.value import Kind, Leaf, Opaque, Value, leaf_value
 from fxfuse.slots import Call, Slot
 
@@ -70,13 +70,19 @@ def _check_call(call: Call, reading: Reading) -> None:
     if not (relation in ("view", "same") or call.op in JOINTS or call.op in CHOICES) or call.writes:
         raise Opaque(f"{call.op} does not only move elements")
     for operand in call.inputs():
-        floating = operand.dtype.is_floating_point
-        if floating and not all(is_exact_cast(operand.dtype, out.dtype) for out in call.outs):
-            raise Opaque("a cast that rounds")
+        if operand.dtype.is_floating_point and not all(is_wide(out.dtype) for out in call.outs):
+            raise Opaque("a cast to another sort of number")
         if any(out.device != operand.device for out in call.outs):
             raise Opaque("a tensor that moves to another device")
         if operand.call is None or is_written(operand, reading, reading.positions[call]):
             raise Opaque("a tensor that is written before it is read")
+
+
+def is_wide(dtype: torch.dtype) -> bool:
+    """Whether a dtype is a float of 16 bits or more: a cast to it may round, as an op's inputs do
+    that rounds once, at its end.
+    """
+    return dtype.is_floating_point and dtype.itemsize > 1
 
 
 def is_written(slot: Slot, reading: Reading, before: int) -> bool:

@@ -47,7 +47,8 @@ def in_turns_by_slices(x: Tensor, section: list[int]) -> Tensor:
 
 
 def in_turns_by_index(x: Tensor, section: list[int]) -> Tensor:
-    return x[torch.tensor(turns(section)), :, torch.arange(sum(section))].T
+    chosen = x[torch.tensor(turns(section)), ..., torch.arange(sum(section))]
+    return chosen.movedim(0, -1)
 
 
 def in_turns_gathered(x: Tensor, section: list[int]) -> Tensor:
