@@ -74,7 +74,11 @@ def _small(looked: Looked) -> dict[Atom, int]:
 
 
 def _shape(looked: Looked) -> list[int]:
-    """Of the positions."""
-    sizes, factor = _small(looked), looked.value.terms[0].factors[0]
-    axes = zip(factor.axes[:-1], factor.leaf.shape, strict=False)
-    return [sizes[i.strides[0][0]] if i.strides else size for i, size in axes]
+    """Of the positions; as many axes as are read where their number is not known."""
+    sizes, factors = _small(looked), [t.factors[0] for t in looked.value.terms]
+    shape = []
+    for j, size in enumerate(factors[0].leaf.shape[:-1]):
+        strides = factors[0].axes[j].strides
+        read = 1 + max(max(f.axes[j].offsets) for f in factors)
+        shape.append(sizes[strides[0][0]] if strides else size if isinstance(size, int) else read)
+    return shape
