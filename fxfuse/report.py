@@ -111,7 +111,8 @@ def _short(record: Record | AddNorm) -> str:
         return "no rotation"
     width = "" if 2 * rotation.pairs == stream.channels else f"{2 * rotation.pairs} of "
     adjacent = rotation.x.second == rotation.x.first + 1 and rotation.x.step == 2
-    return f"{width}{stream.channels} channels, {'adjacent' if adjacent else 'half'} pairs"
+    pairs = f"{width}{stream.channels} channels, {'adjacent' if adjacent else 'half'} pairs"
+    return f"{pairs} by {max(rotation.axes) + 1} axes" if rotation.axes else pairs
 
 
 def stages_of(record: Record | AddNorm) -> tuple[str, ...]:

@@ -72,6 +72,10 @@ def with_lookups(
         except Disproved as error:
             disproved.append(f"{site.q.slot.node.name}: {error}")
             found.append(site)
+        except Exception:
+            name = site.q.slot.node.name
+            log.warning("fxfuse: an error of fxfuse, %s keeps its lookup", name, exc_info=True)
+            found.append(site)
     return found
 
 

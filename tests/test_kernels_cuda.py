@@ -85,7 +85,7 @@ def test_any_shape(name, batch, tokens, heads, kv_heads, dtype):
         agree(case, results, before)
 
 
-@pytest.mark.parametrize("name", ["qwen3", "flat cache by position"])
+@pytest.mark.parametrize("name", ["qwen3", "flat cache by position", "mrope"])
 def test_through_the_cpp_wrapper(name):
     case = operands(name, tokens=5, slots=32, dtype=torch.bfloat16, device="cuda")
     before = case.copy()

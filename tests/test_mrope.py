@@ -214,6 +214,11 @@ def test_what_two_layers_read_is_looked_up_once() -> None:
     assert stages == ["rms_norm", "rope"] * 2
 
 
+def test_the_report_tells_the_axes() -> None:
+    report = report_of(Prelude(MRope(contiguous)), positions(TOKENS, WHOLE.rows))
+    assert "[32 channels, half pairs by 3 axes]" in str(report)
+
+
 def test_one_position_a_token_is_the_special_case() -> None:
     record = looked_up(report_of(Prelude(MRope(contiguous)), positions(TOKENS, WHOLE.rows)[0]))
     assert record is not None and record.q.rotation is not None
@@ -515,6 +520,14 @@ def test_a_wrong_map_is_disproved(
     toy, at = Prelude(MRope(PICKS["in turns"])), positions(TOKENS, WHOLE.rows)
     assert looked_up(report_of(toy, at)) is None
     assert "cos by position differs from what the graph looks up" in caplog.text
+
+
+def test_an_error_leaves_the_lookup_to_the_graph(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(lookup, "rows_and_places", lambda value: 1 / 0)
+    assert looked_up(report_of(Prelude(MRope(contiguous)), positions(TOKENS, WHOLE.rows))) is None
+    assert "keeps its lookup" in caplog.text
 
 
 # --- the map -------------------------------------------------------------------------------------
