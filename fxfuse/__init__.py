@@ -10,6 +10,7 @@ was fused in a model and why the rest was not.
 
 from fxfuse.entry import Backend, backend, explain
 from fxfuse.lowering.providers import register_provider
+from fxfuse.patterns.registered import register_store
 from fxfuse.report import Report, counts, last_report
 from fxfuse.settings import FxfuseError
 
@@ -22,5 +23,6 @@ __all__ = [
     "explain",
     "last_report",
     "register_provider",
+    "register_store",
 ]
 __version__ = "0.1.0"

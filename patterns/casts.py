@@ -32,6 +32,8 @@ def cast_of(reading: Reading, store: StoreWrite, ends: Container[Slot]) -> Store
     """The write with what its rows went through since they were one of `ends`, or since they were
     rows of another's. Raises Refused where that is no `Cast`.
     """
+    if store.axes:
+        return store
     slot = store.value
     is_bits = slot.dtype == torch.uint8
     if slot.dtype not in FORMATS and not is_bits:

@@ -58,6 +58,10 @@ def _placed(
     flat = bool(whole["b"]) and tokens == whole["b"] + whole["t"]
     if tokens != whole["t"] and not flat:
         raise Refused(f"slots along {_name(tokens, whole)} of rows {_names(value, whole)}")
+    if store.axes:
+        if (value.dims[1], value.dims[2]) != (whole["h"], whole["d"]) or (whole["b"] and not flat):
+            raise Refused(f"rows {_names(value, whole)} where the op takes [T, G, D]")
+        return Placed(Layout(store.axes, _index(store, roots), store.cast), flat)
     left = dict(whole)
     del left["t"]
     if flat:
@@ -127,6 +131,8 @@ def stored_copy(
         return None
     (factor,) = value.terms[0].factors
     groups = {x: _atoms(value, store.places[i]) for i, x in enumerate(letters) if x in "bhde"}
+    if store.axes:
+        groups.pop("e", None)
     rows = [groups.get("b", ()), _atoms(value, store.tokens), groups.get("h", ())]
     channels = groups["d"] + groups.get("e", ())
     size = 1
@@ -169,6 +175,8 @@ def _source(store: StoreWrite) -> Slot:
 
 def _like(k: Layout, store: StoreWrite) -> str | None:
     """The letters of v's cache: those of k's axes, without the split where v has none."""
+    if store.axes:
+        return store.axes
     rows = [x for x in k.axes if x in "bhde_"]
     free = len(store.places) - len(store.indexed)
     if len(rows) == free + 1 and "e" in rows:
@@ -214,6 +222,10 @@ def scale_access(reading: Reading, store: StoreWrite, axes: str, flat: bool) -> 
     if all(size == 1 for size in by.shape):
         steps: tuple[Step, ...] = (("reshape", (1, 1, 1)),)
         return Access(leaf, steps)
+    if store.axes and list(by.shape) == [store.value.shape[1]]:
+        return Access(leaf, (("view", (1, 1, -1)),))
+    if store.axes:
+        raise Refused(f"a scale {list(by.shape)}, wanted one element or {store.value.shape[1]}")
     # The scaled tensor has the value's axes where nothing regrouped them in between.
     scaled = store.through[call]
     lead = len(scaled.shape) - rank

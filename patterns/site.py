@@ -97,6 +97,8 @@ class StoreWrite:
     negative  what an index below 0 means, see `Store`
     cast      how the value's numbers became the cache's; `through` has the calls that did it, each
               with the tensor it did it to, and `scale` their scale tensor and its reader
+    axes      the letters of the cache's axes where an op's contract says them: the value is
+              [T, G, D] then
     """
 
     call: Call
@@ -110,6 +112,7 @@ class StoreWrite:
     cast: Cast = UNCAST
     through: Mapping[Call, Slot] = dataclasses.field(default_factory=dict)
     scale: tuple[Slot, Call] | None = None
+    axes: str = ""
 
     @property
     def roots(self) -> tuple[Slot, ...]:

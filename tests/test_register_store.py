@@ -1,0 +1,187 @@
+"""register_store: an op of a library that writes rows of k and v into caches, by its contract.
+
+In: an invented op beside RoPE. Out: caches as the op itself leaves them, and no call of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fxfuse
+from tests.test_flat import ROPE, Rotated, check
+from tests.test_layouts import PAGES, SLOTS, H, N, P, T, X
+from tests.toys import D, G
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    torch._dynamo.reset()
+
+
+@torch.library.custom_op("invented::reshape_and_cache", mutates_args=("key_cache", "value_cache"))
+def reshape_and_cache(
+    key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor,
+    kv_cache_dtype: str, k_scale: Tensor, v_scale: Tensor,
+) -> None:  # fmt: skip
+    """As vLLM's: pages [N, P, G, D]; rows at slots below 0 are skipped; 8 bits are divided."""
+    kept = slot_mapping >= 0
+    at = slot_mapping[kept]
+    for rows, cache, scale in ((key, key_cache, k_scale), (value, value_cache, v_scale)):
+        rows = rows[kept] if kv_cache_dtype == "auto" else rows[kept].float() / scale
+        rows = rows if kv_cache_dtype == "auto" else rows.to(torch.float8_e5m2).view(torch.uint8)
+        cache[at // P, at % P] = rows
+
+
+@torch.library.custom_op("invented::write_keys", mutates_args=("cache",))
+def write_keys(cache: Tensor, rows: Tensor, blocks: Tensor, at: Tensor) -> None:
+    """[N, G, D / x, P, x], by block and place in the page."""
+    cache[blocks, :, :, at] = rows.view(*rows.shape[:-1], D // X, X)
+
+
+OP = torch.ops.invented.reshape_and_cache.default
+ARGUMENTS = {
+    "key": "key",
+    "value": "value",
+    "key_cache": "key_cache",
+    "value_cache": "value_cache",
+    "slots": "slot_mapping",
+    "key_scale": "k_scale",
+    "value_scale": "v_scale",
+}
+ROWS = [(T, n, D) for n in (H, G, G)]
+SOME = torch.tensor([17, -1, 8, 0, -1])
+
+
+@pytest.fixture
+def plain() -> Iterator[None]:
+    with fxfuse.register_store(OP, **ARGUMENTS, when={"kv_cache_dtype": "auto"}):
+        yield
+
+
+@pytest.fixture
+def bits() -> Iterator[None]:
+    when = {"kv_cache_dtype": "fp8_e5m2"}
+    with fxfuse.register_store(OP, **ARGUMENTS, format=torch.float8_e5m2, when=when):
+        yield
+
+
+def caching(kind: str) -> Any:
+    def finish(
+        q: Tensor, k: Tensor, v: Tensor, ks: Tensor, vs: Tensor, slots: Tensor, *by: Tensor
+    ) -> Any:
+        reshape_and_cache(k, v, ks, vs, slots, kind, *by)
+        return q
+
+    return finish
+
+
+def report_of(kind: str, memory: list[Tensor], slots: Tensor, compiler: str) -> fxfuse.Report:
+    by = [torch.tensor([0.5]), torch.full((1,), 0.25)]
+    return check(
+        Rotated(caching(kind)), ROWS, torch.arange(T), *memory, slots, *by, compiler=compiler
+    )
+
+
+COMPILERS = pytest.mark.parametrize(
+    "compiler",
+    [
+        pytest.param("eager", marks=pytest.mark.null),
+        pytest.param("inductor", marks=pytest.mark.cpu),
+    ],
+)
+
+
+@COMPILERS
+@pytest.mark.parametrize("slots", [SLOTS, SOME, torch.full((T,), -1)], ids=["all", "some", "none"])
+def test_both_writes_join_and_rows_below_0_are_skipped(
+    plain: None, slots: Tensor, compiler: str
+) -> None:
+    memory = [torch.full(PAGES, 3.0), torch.full(PAGES, 4.0)]
+    report = report_of("auto", memory, slots, compiler)
+    (fused,) = report.fused
+    assert fused.stages == (ROPE, "store(k,v)") and not report.refused
+    assert fused.record.store.negative == "skip" and not fused.record.k.keep
+
+
+@COMPILERS
+def test_rows_are_cast_as_the_contract_says(bits: None, compiler: str) -> None:
+    memory = [torch.full(PAGES, 3, dtype=torch.uint8), torch.full(PAGES, 4, dtype=torch.uint8)]
+    (fused,) = report_of("fp8_e5m2", memory, SOME, compiler).fused
+    assert fused.stages == (ROPE, "store(k,v)")
+    assert fused.record.store.k.cast.dtype == "float8_e5m2"
+    assert fused.record.store.k.cast.scale == "divide"
+
+
+@pytest.mark.null
+def test_a_call_that_the_contract_is_not_about_stays(plain: None) -> None:
+    memory = [torch.full(PAGES, 3, dtype=torch.uint8), torch.full(PAGES, 4, dtype=torch.uint8)]
+    report = report_of("fp8_e5m2", memory, SLOTS, "eager")
+    assert [f.stages for f in report.fused] == [(ROPE,)]
+    (refusal,) = report.refused
+    assert "with kv_cache_dtype='fp8_e5m2', registered for 'auto'" in refusal.reason
+
+
+@pytest.mark.null
+def test_without_an_entry_the_op_stays() -> None:
+    memory = [torch.full(PAGES, 3.0), torch.full(PAGES, 4.0)]
+    report = report_of("auto", memory, SOME, "eager")
+    assert [f.stages for f in report.fused] == [(ROPE,)]
+    assert "no cache write that is known" in report.refused[0].reason
+
+
+@pytest.mark.null
+def test_where_v_cannot_join_the_whole_op_stays(plain: None) -> None:
+    def finish(
+        q: Tensor, k: Tensor, v: Tensor, ks: Tensor, vs: Tensor, slots: Tensor, *by: Tensor
+    ) -> Any:
+        reshape_and_cache(k, 2 * v, ks, vs, slots, "auto", *by)
+        return q
+
+    memory = [torch.full(PAGES, 3.0), torch.full(PAGES, 4.0)]
+    by = [torch.ones(1), torch.ones(1)]
+    report = check(Rotated(finish), ROWS, torch.arange(T), *memory, SOME, *by)
+    assert [f.stages for f in report.fused] == [(ROPE,)]
+    assert any("of which one cannot join" in r.reason for r in report.refused)
+
+
+@pytest.mark.null
+def test_blocks_and_places_of_split_keys() -> None:
+    def finish(q: Tensor, k: Tensor, v: Tensor, ks: Tensor, blocks: Tensor, at: Tensor) -> Any:
+        write_keys(ks, k, blocks, at)
+        return q, v
+
+    memory = torch.full((N, G, D // X, P, X), 3.0)
+    with fxfuse.register_store(
+        torch.ops.invented.write_keys.default, key="rows", key_cache="cache", slots="blocks",
+        offsets="at", layout="0hd1e", negative="wrap",
+    ):  # fmt: skip
+        report = check(Rotated(finish), ROWS, torch.arange(T), memory, SLOTS // P, SLOTS % P)
+    (fused,) = report.fused
+    assert fused.stages == (ROPE, "store(k)") and fused.record.store.k.axes == "0hd1e"
+
+
+@pytest.mark.null
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"slots": "slot_map"}, "has no argument slot_map"),
+        ({"layout": "01xd"}, "layout '01xd', wanted h, d and 0"),
+        ({"layout": "1hd"}, "layout '1hd'"),
+        ({"value": None}, "wanted value and value_cache, or neither"),
+        ({"when": {"dtype": "auto"}}, "has no argument dtype"),
+    ],
+)
+def test_a_contract_that_says_nothing_is_an_error(change: dict[str, Any], reason: str) -> None:
+    with pytest.raises(fxfuse.FxfuseError, match=reason):
+        fxfuse.register_store(OP, **{**ARGUMENTS, **change})
+
+
+@pytest.mark.null
+def test_an_op_is_registered_once(plain: None) -> None:
+    with pytest.raises(fxfuse.FxfuseError, match="registered already"):
+        fxfuse.register_store(OP, **ARGUMENTS)
