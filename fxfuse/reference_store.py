@@ -20,12 +20,11 @@ def write_(
     at: tuple[Tensor, Tensor | None],
     scale: Tensor | None,
     parts: list[Part],
-    channels: int,
 ) -> None:
     """cache[..., indices, ...] = cast(rows).
 
     Shapes: cache as the layout's axes; at [B | 1, T]; scale [B | 1, T | 1, G | 1]; parts of rows
-        [B, T, G, channels].
+        [B, T, G, D], one part where channels are split.
     Mutates: cache, in place. An index below 0 counts from its axis' end, as index_put_ has it; a
         row whose first index is below 0 is left out where negative is "skip".
     """
@@ -33,25 +32,12 @@ def write_(
     indices = [index_of(at[operand], by, of) for operand, by, of in layout.index]
     parts = [(start, step, cast_rows(x, layout.cast, scale, cache)) for start, step, x in parts]
     if "e" in axes:
-        rows = [x for _, _, x in sorted(parts, key=lambda p: p[0])]
-        if len(rows) > 1:
-            parts = [(0, 1, joined(parts, channels))]
         inner = cache.shape[axes.index("e")]
         whole = parts[0][2]
         parts = [(0, 1, whole.view(*whole.shape[:-1], -1, inner))]
     for start, step, rows_ in parts:
         where = cache if "e" in axes else _channels(cache, axes, start, step, rows_.shape[-1])
         _put(where, axes, indices, rows_, negative)
-
-
-def joined(parts: list[Part], channels: int) -> Tensor:
-    """Rows of parts that tile their channels."""
-    one = parts[0][2]
-    y = one.new_zeros((*one.shape[:-1], channels))
-    for start, step, part in parts:
-        end = start + step * (part.shape[-1] - 1) + 1
-        y = torch.slice_scatter(y, part, -1, start, end, step)
-    return y
 
 
 def index_of(x: Tensor | None, divisor: int, modulus: int) -> Tensor:

@@ -339,7 +339,6 @@ def untouched(case: Operands) -> bool:
             at,
             None,
             parts,
-            rows.shape[-1],
         )
         canary = torch.full((), 77.0, device=cache.device)
         if layout_.cast.dtype:
