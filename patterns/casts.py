@@ -7,7 +7,6 @@ backwards from the cache; or the write as it came, where its rows are of no 8-bi
 """
 
 import dataclasses
-from collections.abc import Container
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from fxfuse.patterns.access import Refused
 from fxfuse.patterns.read import Reading
 from fxfuse.patterns.record import Cast
 from fxfuse.patterns.site import StoreWrite
+from fxfuse.patterns.transfer import is_exact_cast
 from fxfuse.slots import Call, Slot
 
 aten = torch.ops.aten
@@ -28,9 +28,9 @@ FORMATS = {
 ROUNDED = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def cast_of(reading: Reading, store: StoreWrite, ends: Container[Slot]) -> StoreWrite:
-    """The write with what its rows went through since they were one of `ends`, or since they were
-    rows of another's. Raises Refused where that is no `Cast`.
+def cast_of(reading: Reading, store: StoreWrite) -> StoreWrite:
+    """The write with what its rows went through since they were rounded last. Raises Refused where
+    that is no `Cast`.
     """
     if store.axes:
         return store
@@ -41,7 +41,7 @@ def cast_of(reading: Reading, store: StoreWrite, ends: Container[Slot]) -> Store
             raise Refused(f"a cache of {store.cache.dtype} for rows of {slot.dtype}")
         return store
     chain = _Chain(reading)
-    while slot not in ends and slot.call is not None:
+    while slot.call is not None:
         before = chain.step(slot.call)
         if before is None:
             break
@@ -94,7 +94,8 @@ def _to(chain: _Chain, call: Call) -> Slot | None:
         chain.set("format", dtype=FORMATS[new])
     elif new not in ROUNDED:
         return None
-    # A cast of floats alone says nothing: what stands before it may be the stream's own end.
+    elif not isinstance(x, Slot) or not is_exact_cast(x.dtype, new):
+        return None  # the rounding of the rows themselves
     return x if isinstance(x, Slot) and x.dtype in ROUNDED else None
 
 

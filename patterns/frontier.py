@@ -7,7 +7,7 @@ and so is each normed q or k of an attention that reads it unrotated.
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
@@ -48,12 +48,21 @@ class Uses:
 class Frontier:
     """The streams of a graph, the calls they absorb, and (stage, reason) of each refused slot.
 
+    casts    what makes a cache's numbers of rows: a stream ends in front of them
     readers  who reads a normed and unrotated q or k, by its statistic
     normed   other normed values that are needed, last to first
     """
 
-    def __init__(self, reading: Reading, readers: Mapping[Leaf, Reader], *, training: bool) -> None:
+    def __init__(
+        self,
+        reading: Reading,
+        readers: Mapping[Leaf, Reader],
+        casts: Container[Call] = (),
+        *,
+        training: bool,
+    ) -> None:
         self.reading = reading
+        self.casts = casts
         self.readers = readers
         self.reader_of: dict[Slot, Reader] = {}
         self.normed: list[tuple[Leaf, Slot, Value]] = []
@@ -73,6 +82,8 @@ class Frontier:
         stream.
         """
         if not call.outs or call.writes or call not in self.reading.relations:
+            return
+        if call in self.casts:
             return
         if not any(self._is_needed(slot) for slot in call.outs):
             self.absorbed.add(call)

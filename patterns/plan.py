@@ -56,7 +56,9 @@ class _Planner:
         self.reading, self.gate = reading, gate
         found, no_stores = find_stores(reading)
         readers = normed_operands(reading, found)
-        frontier = self.frontier = Frontier(reading, readers, training=training)
+        frontier = self.frontier = Frontier(
+            reading, readers, {c for store in found for c in store.through}, training=training
+        )
         self.uses, self.absorbed = frontier.uses, frontier.absorbed
         self.streams, self.refused = frontier.streams, frontier.refused
         self.memory = Memory(reading)
@@ -312,7 +314,7 @@ class _Planner:
         """
         source = decoded.x.leaf.slot
         uncast = self.stores.uncast.get(decoded.slot, ())
-        for call in [*self._final_consumers(decoded.slot), *uncast]:
+        for call in dict.fromkeys([*self._final_consumers(decoded.slot), *uncast]):
             reason = self.stores.reasons.get(call) or self.stores.refused.get(call)
             if call.op == aten.cat.default:
                 grows = any(self.stores.origin(slot).call is None for slot in call.inputs())

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 import torch
 
 from fxfuse.patterns.access import Refused
+from fxfuse.patterns.casts import cast_of
 from fxfuse.patterns.read import Reading
 from fxfuse.patterns.site import CacheIndex, StoreWrite
 from fxfuse.slots import Call, Slot
@@ -162,7 +163,8 @@ def find_stores(reading: Reading) -> tuple[list[StoreWrite], dict[Call, str]]:
             continue
         try:
             written = LAYOUTS[call.op](call)
-            stores += [written] if isinstance(written, StoreWrite) else written
+            made = [written] if isinstance(written, StoreWrite) else written
+            stores += [cast_of(reading, store) for store in made]
         except Refused as reason:
             refused[call] = str(reason)
     return stores, refused

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 
 from fxfuse.patterns.access import Refused
-from fxfuse.patterns.casts import cast_of
 from fxfuse.patterns.cut import NOTHING
 from fxfuse.patterns.placing import Placed, placed, scale_access, slots_access, stored_copy
 from fxfuse.patterns.read import Reading
@@ -42,18 +41,13 @@ class Stores:
         self.reading = reading
         self.ends = {d.slot for d in streams}
         self.reasons: dict[Call, str] = {}
-        self.refused = dict(refused)
-        self.writes: list[StoreWrite] = []
+        self.refused, self.writes = refused, found
         self.uncast: dict[Slot, list[Call]] = {}
         self.stored_from: dict[Slot, list[StoreWrite]] = {}
-        for write in found:
-            try:
-                store = cast_of(reading, write, self.ends)
-            except Refused as reason:
-                self.refused[write.call] = str(reason)
-                self.uncast.setdefault(self._first_input(write.value), []).append(write.call)
-                continue
-            self.writes.append(store)
+        for call in refused:
+            for end in {self._first_input(x) for x in call.inputs()} & self.ends:
+                self.uncast.setdefault(end, []).append(call)
+        for store in found:
             self.stored_from.setdefault(self.origin(store.value, store.through), []).append(store)
 
     def _first_input(self, slot: Slot) -> Slot:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as attention
 
-from fxfuse.bench.shapes import Shape
+from fxfuse.bench.shapes import SECTIONS, Shape
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -54,13 +54,14 @@ def rotate_gptj(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 NORMS = {"rms": rms_norm, "gemma": gemma_norm}
 # Rotations whose chains look their tables up.
-LOOKED_UP = ("neox", "gptj")
+LOOKED_UP = ("neox", "gptj", "mrope")
 
 ROTATIONS = {
     "half": rotate_by_half,
     "chunk": rotate_by_chunk,
     "neox": rotate_neox,
     "gptj": rotate_gptj,
+    "mrope": rotate_neox,
 }
 
 
@@ -181,6 +182,58 @@ class RopeStore(Chain):
         k_cache.index_put_((slots,), k)
         v_cache.index_put_((slots,), v)
         return q
+
+
+FP8 = torch.float8_e4m3fn
+# Tokens of a page, and elements of 16 bytes.
+PAGE, SPLIT = 64, 16
+
+
+class PagedMRope(Chain):
+    """QKV split, QK-norm, mRoPE by positions [3, T] and the write into shuffled 8-bit pages: keys
+    [N, G, D / x, page, x], values [N, G, page / x, D, x], divided by a scale.
+    """
+
+    def forward(
+        self, qkv: Tensor, positions: Tensor, slots: Tensor, k_scale: Tensor, v_scale: Tensor,
+        k_cache: Tensor, v_cache: Tensor,
+    ) -> Tensor:  # fmt: skip
+        heads = (*qkv.shape[:-1], -1, self.shape.head_dim)
+        q, k, v = (x.view(heads) for x in torch.split(qkv, self.shape.widths(), dim=-1))
+        cos, sin = (by_thirds(x) for x in self.table[positions].chunk(2, dim=-1))
+        q, k = self.normed(q, k)
+        q, k = self.turn(q, cos, sin), self.turn(k, cos, sin)
+        block, place = slots // PAGE, slots % PAGE
+        k_cache[block, :, :, place] = quantised(k, k_scale).view(*k.shape[:-1], -1, SPLIT)
+        v_cache[block, :, place // SPLIT, :, place % SPLIT] = quantised(v, v_scale)
+        return q
+
+
+def by_thirds(table: Tensor) -> Tensor:
+    """[T, 1, R / 2] of [3, T, R / 2]: every third pair of height and of width."""
+    mixed = table[0].clone()
+    for axis in (1, 2):
+        third = slice(axis, 3 * SECTIONS[axis], 3)
+        mixed[..., third] = table[axis, ..., third]
+    return mixed.unsqueeze(-2)
+
+
+def quantised(x: Tensor, scale: Tensor) -> Tensor:
+    """Rows / scale as bits of FP8, no further than its largest number."""
+    largest = torch.finfo(FP8).max
+    return (x.float() / scale).clamp(-largest, largest).to(FP8).view(torch.uint8)
+
+
+def keys_by_slot(cache: Tensor) -> Tensor:
+    """Shuffled keys as [slots, G, D]."""
+    blocks, g, split, page, x = cache.shape
+    return cache.permute(0, 3, 1, 2, 4).reshape(blocks * page, g, split * x)
+
+
+def values_by_slot(cache: Tensor) -> Tensor:
+    """Shuffled values as [slots, G, D]."""
+    blocks, g, pages, d, x = cache.shape
+    return cache.permute(0, 2, 4, 1, 3).reshape(blocks * pages * x, g, d)
 
 
 class PackedQkNorm(Chain):

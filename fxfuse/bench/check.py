@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fxfuse.bench.chains import Chain
+from fxfuse.bench.chains import FP8, Chain
 from fxfuse.bench.recipes import Inputs
 
 # A fused chain rounds less often than eager does; what is left is chance.
@@ -67,7 +67,7 @@ def results(run: Any, inputs: Inputs) -> tuple[Tensor, ...]:
     """What a run returns, then the rows it stored."""
     made = run(*inputs.args)
     outputs = made if isinstance(made, tuple) else (made,)
-    return (*outputs, *(_stored(c, inputs) for c in inputs.caches))
+    return (*outputs, *(_stored(c, inputs) for c in inputs.laid_by_slot()))
 
 
 def _compare(
@@ -75,12 +75,12 @@ def _compare(
 ) -> tuple[float, str | None]:
     """The largest relative error of a run on a copy of the inputs whose slots are poisoned."""
     fresh = _with(inputs, lambda x: x)
-    for cache in fresh.caches:
+    for cache in fresh.caches if not fresh.by_slot else ():
         cache.index_fill_(fresh.axis, _slots(fresh), torch.nan)
     kept = _with(fresh, lambda x: x)
     _poison(wanted, fresh.args[0].dtype)
     got = results(run, fresh)
-    for cache, old in zip(fresh.caches, kept.caches, strict=True):
+    for cache, old in zip(fresh.laid_by_slot(), kept.laid_by_slot(), strict=True):
         if not torch.equal(_others(cache, fresh), _others(old, kept)):
             return float("nan"), "a cache was written outside its slots"
     caches = {id(c) for c in fresh.caches}
@@ -100,7 +100,8 @@ def _relative(got: Tensor, want: Tensor) -> float:
 
 
 def _stored(cache: Tensor, inputs: Inputs) -> Tensor:
-    return cache.index_select(inputs.axis, _slots(inputs))
+    rows = cache.index_select(inputs.axis, _slots(inputs))
+    return rows.view(FP8).double() if rows.dtype == torch.uint8 else rows
 
 
 def _others(cache: Tensor, inputs: Inputs) -> Tensor:
@@ -126,6 +127,5 @@ def _with(inputs: Inputs, change: Callable[[Tensor], Tensor]) -> Inputs:
     changed = {id(x): change(x.clone()) for x in inputs.args}
     slots = None if inputs.slots is None else changed[id(inputs.slots)]
     caches = tuple(changed[id(c)] for c in inputs.caches)
-    return Inputs(
-        tuple(changed[id(x)] for x in inputs.args), caches, slots, inputs.axis, inputs.gathered
-    )
+    args = tuple(changed[id(x)] for x in inputs.args)
+    return dataclasses.replace(inputs, args=args, caches=caches, slots=slots)

@@ -37,6 +37,7 @@ class Inputs:
     args     in the order of the chain's forward
     caches   those of args that are written, at `slots` along `axis`
     gathered bytes that are read through a lookup, beyond what args hold
+    by_slot  what gives each cache as [slots, ...], where its axes are others
     """
 
     args: tuple[Tensor, ...]
@@ -44,14 +45,21 @@ class Inputs:
     slots: Tensor | None = None
     axis: int = 0
     gathered: int = 0
+    by_slot: tuple[Callable[[Tensor], Tensor], ...] = ()
 
     def moved_bytes(self, outputs: tuple[Tensor, ...]) -> int:
         """Each input read once, each output and each row of a cache written once."""
         caches = {id(c) for c in self.caches}
         moved = [*outputs, *(x for x in self.args if id(x) not in caches)]
         rows = 0 if self.slots is None else self.slots.numel()
-        stored = sum(c.nbytes // c.shape[self.axis] * rows for c in self.caches)
+        stored = sum(c.nbytes // c.shape[self.axis] * rows for c in self.laid_by_slot())
         return sum(x.numel() * x.element_size() for x in moved) + stored + self.gathered
+
+    def laid_by_slot(self) -> tuple[Tensor, ...]:
+        """The caches with their slots along `axis`."""
+        if not self.by_slot:
+            return self.caches
+        return tuple(f(c) for f, c in zip(self.by_slot, self.caches, strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +133,23 @@ def _draw_rope_store(case: Case, device: str, generator: torch.Generator) -> Inp
     return Inputs((*qkv, positions, slots, *caches), caches, slots, gathered=gathered)
 
 
+def _draw_paged(case: Case, device: str, generator: torch.Generator) -> Inputs:
+    shape, t = case.shape, case.tokens
+    g, d, page, x = shape.kv_heads, shape.head_dim, chains.PAGE, chains.SPLIT
+    blocks = max(32, 2 * t // page)
+    qkv = _normal(device, generator)(t, sum(shape.widths()))
+    positions = torch.randint(TABLE_ROWS, (3, t), generator=generator, device=device)
+    slots = torch.randperm(blocks * page, generator=generator, device=device)[:t]
+    scales = [torch.full((1,), s, device=device) for s in (0.02, 0.01)]
+    sizes = ((blocks, g, d // x, page, x), (blocks, g, page // x, d, x))
+    caches = tuple(
+        torch.randint(100, s, generator=generator, device=device, dtype=torch.uint8) for s in sizes
+    )
+    by_slot = (chains.keys_by_slot, chains.values_by_slot)
+    args = (qkv, positions, slots, *scales, *caches)
+    return Inputs(args, caches, slots, gathered=4 * t * shape.rotary, by_slot=by_slot)
+
+
 def _draw_qk_norm(case: Case, device: str, generator: torch.Generator) -> Inputs:
     return Inputs((_normal(device, generator)(case.tokens, sum(case.shape.widths())),))
 
@@ -167,6 +192,14 @@ RECIPES = {
         looks_up=True,
         store=False,
         draw=_draw_packed,
+    ),
+    "mrope": Recipe(
+        shapes.MROPES,
+        (1, 64, 256, 4096, 32768),
+        {"shuffled": chains.PagedMRope},
+        looks_up=True,
+        store=True,
+        draw=_draw_paged,
     ),
     "qk_norm": Recipe(
         shapes.QK_NORMS,

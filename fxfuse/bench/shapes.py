@@ -9,7 +9,8 @@ class Shape:
     """Sizes and spelling of one chain.
 
     norm      "rms", "gemma" (1 + w) or None
-    rotation  "half", "chunk" (tables as arguments), "neox", "gptj" (looked up by position), or ""
+    rotation  "half", "chunk" (tables as arguments), "neox", "gptj", "mrope" (looked up by
+              position), or ""
     rotary    R: channels of a head that turn, the first ones
     hidden    width of the model, for the products before and after a prelude; 0 where unknown
     tokens    T of the rows that are run unless others are asked for; empty: the recipe's own
@@ -66,7 +67,11 @@ _STORE = {1: 1.58, 16: 1.91, 256: 3.78, 4096: 29.9, 32768: 222.6}
 ROPE_STORE = (
     Shape("NeoX 32/8/128", 32, 8, 128, None, "neox", 128, carried=_STORE),
     Shape("GPT-J 32/8/128", 32, 8, 128, None, "gptj", 128, carried=_STORE),
+    Shape("gpt-oss 64/8/64", 64, 8, 64, None, "neox", 64, tokens=(1, 4096, 15360)),
 )
+# Of the vision-language model: every third pair turns by height, every third by width.
+MROPES = (Shape("Qwen3-VL-235B 64/4/128", 64, 4, 128, "rms", "mrope", 128),)
+SECTIONS = (24, 20, 20)
 
 _PACKED = {1: 2.01, 1024: 10.1, 4096: 33.5, 16384: 127.0}
 PACKED = (
