@@ -141,7 +141,7 @@ def _provider(site: Site, settings: Settings) -> Choice:
         if stream is None:
             return None
         dim = stream.rows[row]
-        found = 1 if dim is None else stream.slot.shape[dim]
+        found = 1 if dim is None else stream.value.shape[dim]
         return found if isinstance(found, int) else None
 
     streams = {"q": site.q, "k": site.k, "v": site.v}

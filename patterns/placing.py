@@ -159,7 +159,9 @@ def stored_copy(
         dtype=str(source.dtype).removeprefix("torch."),
         keep=False,
     )
-    copy = Decoded(source, value, stream, (None, None, None), Access(leaf, steps))
+    axis = {letter: store.places[i] for i, letter in enumerate(letters)}
+    rows_of = (axis.get("b"), store.tokens, axis.get("h"))
+    copy = Decoded(source, value, stream, rows_of, Access(leaf, steps))
     return copy, Layout(letters, _index(store, roots), store.cast)
 
 

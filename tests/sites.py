@@ -272,8 +272,8 @@ def operands(
         places[..., 2 + tokens // 2] = 49
         tensors["positions"] = places.to(device)[..., 2 : 2 + tokens]
     if record.store:
-        slots = max(slots, batch * tokens)
         by_row = batch if "b" not in record.store.k.axes else 1
+        slots = max(slots, by_row * tokens)
         order = torch.randperm(slots, generator=generator)[: by_row * tokens].to(device)
         wraps = record.store.negative == "wrap"
         order = torch.where(order % 2 == 0, order - slots, order) if wraps else order
