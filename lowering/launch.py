@@ -48,7 +48,8 @@ def plan(
     q, k, v = _needed(operands, "q"), operands.get("k"), operands.get("v")
     heads, kv_heads = int(q.shape[2]), int((k or v or q).shape[2])
     rows = tokens * (heads + sum(kv_heads for x in (k, v) if x))
-    tile = tile or tile_for(target, rows, widest_run(record.q))
+    scattered = is_scattered(record)
+    tile = tile or tile_for(target, rows, widest_run(record.q), scattered=scattered)
     most = power_above(max(heads, kv_heads))
     tile = dataclasses.replace(tile, heads=min(tile.heads, most))
     constants = dict(record_constants(record))
@@ -75,6 +76,15 @@ def plan(
         for axis, n in zip(AXES[prefix], part, strict=True)
     }
     return Launch("norm_rope_store", arguments | named, constants, grid, tile.warps)
+
+
+def is_scattered(record: Record) -> bool:
+    """Whether pairs turn by rows of their own, or a cache's innermost axis is none of channels."""
+    turn, store = record.q.rotation, record.store
+    by_axes = turn is not None and bool(turn.axes)
+    return by_axes or (
+        store is not None and any(x.axes[-1] not in "de" for x in (store.k, store.v))
+    )
 
 
 def _needed(operands: Mapping[str, Operand | None], name: str) -> Operand:
