@@ -34,7 +34,8 @@ def write_(
     if "e" in axes:
         inner = cache.shape[axes.index("e")]
         whole = parts[0][2]
-        parts = [(0, 1, whole.view(*whole.shape[:-1], -1, inner))]
+        rows = whole.view(*whole.shape[:-1], whole.shape[-1] // inner, inner)
+        parts = [(0, 1, rows)]
     for start, step, rows_ in parts:
         where = cache if "e" in axes else _channels(cache, axes, start, step, rows_.shape[-1])
         _put(where, axes, indices, rows_, negative)
@@ -116,21 +117,25 @@ def _without_skipped(
     """
     kept = (indices[0] >= 0).flatten()
     tokens = torch.arange(kept.shape[0], device=kept.device)
-    source = torch.where(kept, tokens, kept.int().argmax())
+    # One more, so that there is a largest of no tokens too.
+    source = torch.where(kept, tokens, torch.nn.functional.pad(kept.int(), (0, 1)).argmax())
     indices = [(i.flatten()[source] * kept.any()).unsqueeze(0) for i in indices]
-    flat = rows.flatten(0, 1)[source]
-    present = _first_row(where, axes).to(flat.dtype)
-    if flat.dtype.itemsize == 1:
-        bits = torch.where(kept.any(), flat.view(torch.uint8), present.view(torch.uint8))
-        return indices, bits.view(flat.dtype).unsqueeze(0)
-    return indices, torch.where(kept.any(), flat, present).unsqueeze(0)
+    rows = rows if "b" in axes else rows.flatten(0, 1).unsqueeze(0)
+    rows = rows[:, source]
+    present = _first_row(where, axes).to(rows.dtype)
+    if rows.dtype.itemsize == 1:
+        bits = torch.where(kept.any(), rows.view(torch.uint8), present.view(torch.uint8))
+        return indices, bits.view(rows.dtype)
+    return indices, torch.where(kept.any(), rows, present)
 
 
 def _first_row(where: Tensor, axes: str) -> Tensor:
-    """What the first slot holds, as [G, D(, E)]."""
+    """What the first slot holds, as [B | 1, 1, G | 1, D(, E)]."""
     for dim in reversed(range(len(axes))):
         if axes[dim].isdigit() or axes[dim] == "_":
             where = where.select(dim, 0)
     named = [x for x in axes if not x.isdigit() and x != "_"]
-    where = where.permute([named.index(x) for x in "hde" if x in named])
-    return where if "h" in named else where.unsqueeze(0)
+    where = where.permute([named.index(x) for x in "bhde" if x in named])
+    where = where if "b" in named else where.unsqueeze(0)
+    where = where if "h" in named else where.unsqueeze(1)
+    return where.unsqueeze(1)

@@ -14,6 +14,9 @@ from tests.sites import (
     copied,
     halves,
     neighbours,
+    operands,
+    unrotated,
+    untouched,
 )
 
 pytestmark = pytest.mark.null
@@ -213,3 +216,24 @@ def test_store_writes_the_slots_alone(cache_heads_first, slots):
         untouched = [s for s in range(S) if s not in [t % S for t in slots]]
         assert (by_slot[:, untouched] == 77.0).all()
     torch.testing.assert_close(q_out, q * cos.unsqueeze(2) + rotate_half(q) * sin.unsqueeze(2))
+
+
+@pytest.mark.parametrize("name", ["pages, skipped", "8 bits, shuffled", "k stored alone"])
+def test_of_no_tokens_nothing_is_stored(name):
+    case = operands(name, tokens=0)
+    outs = case.op()(*case.arguments())
+    assert outs[0].shape[1] == 0 and untouched(case)
+
+
+def test_a_slot_that_is_skipped_is_skipped_in_every_batch_row():
+    rows = {"rope": unrotated(D), "dtype": "float64"}
+    q_rows, k_rows = stream(**rows), stream(**rows, keep=False)
+    record = Record(q_rows, k_rows, None, cached(False, "skip"))
+    q, k = draw(B, T, H, D), draw(B, T, G, D)
+    cache = torch.full((B, S, G, D), 77.0, dtype=torch.float64)
+    slots = torch.tensor([[3, -1, 0, -1, 7]])
+    fxfuse.ops.norm_rope_store_(
+        q, k, None, *[None] * 9, slots, None, cache, None, None, None, 0.0, 0.0, record.to_text()
+    )
+    assert torch.equal(cache[:, [3, 0, 7]], k[:, [0, 2, 4]])
+    assert (cache[:, [s for s in range(S) if s not in (3, 0, 7)]] == 77.0).all()
