@@ -215,7 +215,8 @@ class Operands:
         """A cache as numbers, where it holds their bits."""
         store, x = self.record.store, self.tensors[cache]
         assert store is not None and x is not None
-        return x.view(getattr(torch, store.k.cast.dtype)) if x.dtype == torch.uint8 else x
+        layout = store.k if cache == "k_cache" else store.v
+        return x.view(getattr(torch, layout.cast.dtype)) if x.dtype == torch.uint8 else x
 
     def exact(self) -> tuple[Operands, tuple[Tensor, ...]]:
         """Caches and results of the float64 reference."""
