@@ -12,6 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import fxfuse
+from fxfuse.patterns.record import Record
+from tests.toys import assert_like
+
 # From [3, T, R / 2] to [T, R / 2]: each pair's number by the axis that it turns by.
 Pick = Callable[[Tensor, list[int]], Tensor]
 
@@ -185,3 +189,30 @@ def positions(tokens: int, rows: int, seed: int = 4) -> Tensor:
     buffer = torch.randint(0, rows, (3, tokens + 9), generator=generator)
     buffer[:, 4 + tokens // 2] = rows - 1
     return buffer[:, 4 : 4 + tokens]
+
+
+TOKENS = 7
+WHOLE, PARTIAL = Sizes(), Sizes(section=(4, 2, 3))
+
+
+def hidden(toy: Prelude, tokens: int = TOKENS) -> Tensor:
+    return torch.randn(tokens, toy.sizes.hidden, generator=torch.Generator().manual_seed(5))
+
+
+@torch.no_grad()
+def report_of(toy: Prelude, at: Tensor, compiler: str = "eager") -> fxfuse.Report:
+    """The report of a toy; its result must be eager's."""
+    x = hidden(toy, at.shape[-1])
+    want = toy(x, at)
+    got = torch.compile(toy, backend=fxfuse.Backend(compiler=compiler))(x, at)
+    assert_like(got, want)
+    report = fxfuse.last_report()
+    assert report is not None
+    return report
+
+
+def looked_up(report: fxfuse.Report) -> Record | None:
+    """The record of the only site, if the op looks its table up."""
+    (site,) = report.fused
+    assert isinstance(site.record, Record)
+    return site.record if "rope(by position)" in site.stages else None
