@@ -1,8 +1,10 @@
-"""The two fused ops, registered with torch.library: fxfuse::norm_rope and fxfuse::norm_rope_store_.
+"""The two fused ops, registered with torch.library: fxfuse::norm_rope and fxfuse::norm_rope_store_;
+and, of `fxfuse.by_hand`, the functions that call them without a record.
 
 In comes what a rewritten graph hands over: q, k, v as views of their projections, weights, tables,
 slots, caches and the record as text. Out come q and k, in the memory order the record names.
-Importing this module defines the ops; compiled graphs get their kernels from `fxfuse.lowering`.
+Importing this module defines the ops; compiled graphs get their kernels from `fxfuse.lowering`,
+eager code Triton's on a GPU where it takes the call, and else the reference.
 """
 
 import functools
@@ -12,8 +14,9 @@ import torch
 from torch import Tensor
 
 from fxfuse import gradients, reference
+from fxfuse.by_hand import add_rms_norm, qk_norm, qk_norm_rope, qk_norm_rope_store_, rope
 from fxfuse.patterns.axes import by_token
-from fxfuse.patterns.record import Record, Stream
+from fxfuse.patterns.record import AddNorm, Record, Stream
 
 NORM_ROPE = (
     "norm_rope(Tensor q, Tensor? k, Tensor? q_weight, Tensor? k_weight, Tensor? q_bias, "
@@ -28,6 +31,16 @@ NORM_ROPE_STORE_ = (
     "Tensor? k_cache_scale, Tensor? v_cache_scale, float q_eps, float k_eps, str record) "
     "-> (Tensor, Tensor)"
 )
+
+__all__ = [
+    "add_rms_norm",
+    "norm_rope",
+    "norm_rope_store_",
+    "qk_norm",
+    "qk_norm_rope",
+    "qk_norm_rope_store_",
+    "rope",
+]
 
 # Where the positions stand behind q, k (and v) in both.
 POSITIONS = 8
@@ -206,6 +219,8 @@ def _norm_rope(q: Tensor, k: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]
     _check_row("k", k, record.k)
     _check_tokens(q, k=k)
     _check_positions(rest[POSITIONS], record)
+    if (results := launched("norm_rope", q, (q, k, *rest), record)) is not None:
+        return results
     return _filled(q, k, reference.norm_rope(*(q, k, *rest[:-1], record)), record)
 
 
@@ -218,7 +233,22 @@ def _norm_rope_store_(
     _check_row("v", v, record.v)
     _check_tokens(q, k=k, v=v)
     _check_positions(rest[POSITIONS], record)
+    if 0 in q.shape[:2]:
+        return empty_results(q, k, record)
+    if (results := launched("norm_rope_store_", q, (q, k, v, *rest), record)) is not None:
+        return results
     return _filled(q, k, reference.norm_rope_store_(*(q, k, v, *rest[:-1], record)), record)
+
+
+def launched(
+    name: str, x: Tensor, args: tuple[Any, ...], record: Record | AddNorm
+) -> tuple[Tensor, Tensor] | None:
+    """Results by a kernel, for an op called in eager code on a GPU; None where none takes it."""
+    if not x.is_cuda:
+        return None
+    from fxfuse.lowering import eager
+
+    return eager.launched(name, args, record)
 
 
 def _filled(

@@ -221,6 +221,12 @@ def choose(device_type: str, facts: Facts) -> Choice:
     return _asked(device_type, facts)[1]
 
 
+def named(name: str, facts: Facts) -> Provider | None:
+    """The provider of this name, where it takes a call on a GPU."""
+    found = (p for p in PROVIDERS if p.name == name and facts.op in p.ops)
+    return next((p for p in found if _reason(p, "cuda", facts) is None), None)
+
+
 def _asked(device_type: str, facts: Facts) -> tuple[Provider, Choice]:
     declined: list[tuple[str, str]] = []
     for provider in [p for p in PROVIDERS if facts.op in p.ops]:
