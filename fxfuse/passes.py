@@ -38,6 +38,8 @@ def fuse_graph(gm: fx.GraphModule, settings: Settings) -> tuple[fx.GraphModule, 
     try:
         with _timed(report, "fxfuse"):
             fused = _fuse(gm, settings, report)
+            if settings.checks_sites():
+                fused = _watched(fused)
     except FxfuseError:
         raise
     except Exception as error:
@@ -95,6 +97,12 @@ def _fuse(gm: fx.GraphModule, settings: Settings, report: Report) -> fx.GraphMod
     ]
     report.fused += [fused_norm(site, _norm_provider(site, settings)) for site in planned.norms]
     return fused
+
+
+def _watched(gm: fx.GraphModule) -> fx.GraphModule:
+    from fxfuse.debug import watched
+
+    return watched(gm)
 
 
 def _gate(settings: Settings) -> Gate:

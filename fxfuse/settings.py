@@ -1,6 +1,7 @@
 """Settings of a Backend: one frozen dataclass, compared and hashed by value."""
 
 import dataclasses
+import os
 from typing import Literal
 
 Compiler = Literal["inductor", "aot_eager", "eager"]
@@ -34,6 +35,7 @@ class Settings:
     numerics: Numerics = "inductor"
     compiler: Compiler = "inductor"
     gate: Gate = "auto"
+    debug: bool = False
 
     def __post_init__(self) -> None:
         _check("compiler", self.compiler, ("inductor", "aot_eager", "eager"))
@@ -41,6 +43,10 @@ class Settings:
         _check("gate", self.gate, ("auto", "always", "never"))
         for stage in self.disable:
             _check("disable", stage, DISABLEABLE)
+
+    def checks_sites(self) -> bool:
+        """Whether debug mode is on, here or in the environment."""
+        return self.debug or os.environ.get("FXFUSE_DEBUG", "0") not in ("", "0")
 
 
 def _check(name: str, got: str, wanted: tuple[str, ...]) -> None:
