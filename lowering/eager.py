@@ -4,6 +4,7 @@ In come an op's name, arguments and record; out come its results, or None where 
 does not take the call, and the caller runs the reference.
 """
 
+import contextlib
 import dataclasses
 from typing import Any
 
@@ -33,7 +34,7 @@ def launched(
         return None
     tensors |= {n: tensors[n].contiguous() for n in CONTIGUOUS if tensors.get(n) is not None}
     try:
-        with torch.cuda.device(facts.device):
+        with _on(facts.device):
             run = _add_norm if isinstance(record, AddNorm) else _norm_rope
             return run(record, tensors)  # type: ignore[arg-type]
     except Exception as error:
@@ -73,6 +74,13 @@ def with_stride_arguments(plan: launch.Launch) -> launch.Launch:
     return dataclasses.replace(
         plan, kernel="norm_rope_store", arguments=plan.arguments | strides, constants=constants
     )
+
+
+def _on(device: torch.device | None) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device; its interpreter runs on the CPU."""
+    if device is None or device.type != "cuda":
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
 
 
 def _target(device: torch.device) -> str:
