@@ -135,8 +135,8 @@ def _refuse_first(
     place = bad.nonzero()[0].tolist()
     low, high = allowed
     raise IndexError(
-        f"fxfuse: {name}{place} is {int(x[tuple(place)])}, allowed are {low} to {high} ({what}); "
-        f"at {where}. Look at what computes {name}; nothing was written"
+        f"fxfuse: {name}{place} is {int(x[tuple(place)])}, out of bounds: allowed are {low} to "
+        f"{high} ({what}); at {where}. Look at what computes {name}; nothing was written"
     )
 
 
@@ -312,7 +312,7 @@ def _enter(name: str) -> None:
     returned = "()" if stores else "(Tensor, Tensor)"
     _define(
         after,
-        f"Tensor first, Tensor second, {marked} -> {returned}",
+        f"Tensor first_result, Tensor second_result, {marked} -> {returned}",
         functools.partial(_after, name),
         lambda *args: None if stores else tuple(map(torch.empty_like, args[:2])),
     )

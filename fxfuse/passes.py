@@ -13,7 +13,7 @@ from torch import fx
 from fxfuse.functional import without_own_writes
 from fxfuse.lens import look
 from fxfuse.lowering import gate, targets  # noqa: F401  targets enters our own providers
-from fxfuse.lowering.providers import Choice, Facts, choose
+from fxfuse.lowering.providers import Choice, Facts, choose, named
 from fxfuse.patterns.add_norm import rows_count
 from fxfuse.patterns.plan import plan
 from fxfuse.patterns.read import read
@@ -141,10 +141,15 @@ def _reason_to_leave(settings: Settings) -> str:
 REFERENCE = Choice("reference", ())
 
 
-def _provider(site: Site, settings: Settings) -> Choice:
-    if settings.compiler != "inductor":
-        return REFERENCE
+def _choice(facts: Facts, settings: Settings) -> Choice:
+    """Who computes a site: compiled, or in eager code as `fxfuse.ops.launched` has it."""
+    device_type = facts.device.type if facts.device else "cpu"
+    if settings.compiler == "inductor":
+        return choose(device_type, facts)
+    return Choice("triton", ()) if device_type == "cuda" and named("triton", facts) else REFERENCE
 
+
+def _provider(site: Site, settings: Settings) -> Choice:
     def size(stream: Decoded | None, row: int) -> int | None:
         if stream is None:
             return None
@@ -160,19 +165,17 @@ def _provider(site: Site, settings: Settings) -> Choice:
     caches = {"k_cache": site.k_store, "v_cache": site.v_store}
     dtypes |= {name: store.cache.dtype for name, store in caches.items() if store is not None}
     device = site.q.slot.device
-    return choose(device.type, Facts(site.record, heads, size(site.q, 0), (), dtypes, device))
+    return _choice(Facts(site.record, heads, size(site.q, 0), (), dtypes, device), settings)
 
 
 def _norm_provider(site: NormSite, settings: Settings) -> Choice:
-    if settings.compiler != "inductor":
-        return REFERENCE
     leaves, slot = [a.leaf for a in site.addends], site.normed.slot
     weight = site.normed.weight
     named = dict(zip(("x", "residual", "second"), leaves, strict=False))
     named |= {"weight": weight.leaf} if weight else {}
     dtypes = {name: leaf.dtype for name, leaf in named.items()}
     shape = tuple(size if isinstance(size, int) else None for size in slot.shape)
-    return choose(slot.device.type, Facts(site.record, (), None, shape, dtypes, slot.device))
+    return _choice(Facts(site.record, (), None, shape, dtypes, slot.device), settings)
 
 
 def placeholder_kinds(gm: fx.GraphModule) -> dict[fx.Node, Kind]:

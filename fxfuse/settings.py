@@ -24,8 +24,8 @@ class Settings:
     numerics   "inductor": float32 from load to store, one rounding; "graph": the graph's own
                rounding points, which the fused kernels do not keep, so that nothing is fused and
                the report says so
-    compiler   what compiles the rewritten graph; "eager" and "aot_eager" run the reference, for
-               fast tests
+    compiler   what compiles the rewritten graph; "eager" and "aot_eager" call the ops as eager
+               code does (on a CPU the reference), for fast tests
     gate       "auto": sites are fused where lowering.gate expects a gain; "always": wherever they
                are found; "never": none is, and the report lists what was left
     """

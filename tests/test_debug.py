@@ -12,6 +12,7 @@ from torch import Tensor
 import fxfuse
 from fxfuse import debug_checks, reference
 from tests.spellings import rsqrt
+from tests.test_by_hand import Calls, by_name, operands
 from tests.test_flat import Rotated
 from tests.test_layouts import LAYOUTS, SLOTS, each
 from tests.toys import (
@@ -73,7 +74,10 @@ def test_a_slot_out_of_bounds_is_named_and_nothing_is_written(compiler: str) -> 
     with pytest.raises(IndexError) as error:
         compiled(hidden_states(T), *memory)
     said = str(error.value)
-    assert f"slots[0, 1] is 99, allowed are -{size} to {size - 1} (axis 0 of k_cache" in said
+    assert (
+        f"slots[0, 1] is 99, out of bounds: allowed are -{size} to {size - 1} (axis 0 of k_cache"
+        in said
+    )
     assert "tests/spellings.py:" in said and "Look at what computes slots" in said
     assert all(map(torch.equal, memory[:2], before))
 
@@ -90,7 +94,9 @@ def test_rows_of_every_layout_are_compared_and_sound(name: str, caplog: Any) -> 
     compiled(*rows, torch.arange(T), *memory, slots)
     assert fxfuse.last_report().fused[0].record.store and not caplog.records
     slots[2] = 24
-    with pytest.raises(IndexError, match=r"slots\[0, 2\] is 24, allowed are -24 to 23"):
+    with pytest.raises(
+        IndexError, match=r"slots\[0, 2\] is 24, out of bounds: allowed are -24 to 23"
+    ):
         compiled(*rows, torch.arange(T), *memory, slots)
 
 
@@ -100,7 +106,9 @@ def test_a_position_out_of_bounds() -> None:
     compiled = checked(Rotated(lambda q, k, v: (q, k)))
     compiled(*rows, positions)
     positions[3] = 64
-    with pytest.raises(IndexError, match=r"positions\[0, 3\] is 64, allowed are -64 to 63"):
+    with pytest.raises(
+        IndexError, match=r"positions\[0, 3\] is 64, out of bounds: allowed are -64 to 63"
+    ):
         compiled(*rows, positions)
 
 
@@ -192,3 +200,14 @@ def test_without_it_the_graph_holds_no_check() -> None:
 def test_backends_with_and_without_are_unlike() -> None:
     assert fxfuse.Backend(debug=True) != fxfuse.Backend()
     assert repr(fxfuse.Backend(debug=True)) == "fxfuse.Backend(debug=True)"
+
+
+@pytest.mark.parametrize("name", ["qk_norm_rope", "store", "add"])
+def test_opcheck(name: str) -> None:
+    with Calls() as calls:
+        by_name(name, *operands(T))
+    (op, args), checks = calls.seen[0], torch.ops.fxfuse_debug
+    given = (*args[:-1], args[-1].replace('"', "'"), f"opcheck of {name}")
+    called = op._schema.name.removeprefix("fxfuse::")
+    torch.library.opcheck(getattr(checks, f"before_{called}").default, given)
+    torch.library.opcheck(getattr(checks, f"after_{called}").default, (*op(*args), *given))
