@@ -74,9 +74,9 @@ class Watching(fxfuse.Backend):
 
         return counted
 
-    def _compile(self, gm: fx.GraphModule, inputs: list[Any], mode: Any, options: Any) -> Any:
+    def _compile(self, gm: fx.GraphModule, *how: Any) -> Any:
         self.remains.append(remains_of(gm))
-        return super()._compile(gm, inputs, mode, options)
+        return super()._compile(gm, *how)
 
 
 def measure(name: str, plan: Plan) -> UnitResult:
