@@ -191,15 +191,17 @@ def eight_bits(dtype: torch.dtype, scale: Any, as_bits: bool) -> Any:
     return finish
 
 
-# Every scale and format without a compiler; through Inductor each scale, the formats in turn.
+# Every scale and format without a compiler; through Inductor each scale, the formats in turn, most
+# of them with the long tests.
 CASTS = [
     pytest.param(dtype, name, "eager", bits, marks=pytest.mark.null)
     for dtype in FORMATS
     for name in SCALES
     for bits in (False, True)
 ] + [
-    pytest.param(FORMATS[i % 3], name, "inductor", i % 2 == 0, marks=pytest.mark.cpu)
+    pytest.param(FORMATS[i % 3], name, "inductor", i % 2 == 0, marks=marks)
     for i, name in enumerate(SCALES)
+    for marks in [[pytest.mark.cpu] if i < 3 else [pytest.mark.cpu, pytest.mark.long]]
 ]
 
 
