@@ -50,7 +50,10 @@ def cast_of(reading: Reading, store: StoreWrite) -> StoreWrite:
         raise Refused(f"rows of {store.value.dtype} that are no cast of rows")
     if store.cache.dtype not in (getattr(torch, chain.cast.dtype), torch.uint8):
         raise Refused(f"a cache of {store.cache.dtype} for rows of {chain.cast.dtype}")
-    return dataclasses.replace(store, cast=chain.cast, through=chain.through, scale=chain.scale)
+    cast = dataclasses.replace(store, cast=chain.cast, through=chain.through, scale=chain.scale)
+    if any(reading.is_written(call.outs[0], store.call) for call in chain.through):
+        raise Refused("rows that are written between their cast and their store")
+    return cast
 
 
 class _Chain:
@@ -70,13 +73,14 @@ class _Chain:
             is_view = self.reading.relations.get(call) == "view"
             return call.inputs()[0] if is_view else None
         before: Slot | None = reader(self, call)
-        if before is not None:
-            self.through[call] = before
+        if before is None or before.shape != call.outs[0].shape:
+            return None
+        self.through[call] = before
         return before
 
     def set(self, part: str, **fields: Any) -> None:
-        """One part of the cast; parts come in a fixed order, each once."""
-        if part in self.seen or (part == "limit" and "scale" in self.seen):
+        """One part of the cast, each once: a clamp stands behind what multiplies."""
+        if part in self.seen or (part == "limit" and self.seen & {"scale", "factor"}):
             raise Refused(f"rows that are cast with another {part} before")
         self.seen.add(part)
         self.cast = dataclasses.replace(self.cast, **fields)
@@ -85,7 +89,7 @@ class _Chain:
 def _bits(chain: _Chain, call: Call) -> Slot | None:
     """x.view(torch.uint8)"""
     x: Slot = call.args[0]
-    return x if x.dtype in FORMATS or chain.cast.dtype else None
+    return x if x.dtype in FORMATS else None
 
 
 def _to(chain: _Chain, call: Call) -> Slot | None:

@@ -102,7 +102,10 @@ def _read_from(
 
     for call in between:
         if call in through:
-            values[call.outs[0]] = values[through[call]]
+            before = through[call]
+            if reading.versions_at(call, before.storage) != _version(reading, before):
+                raise Opaque("a tensor that was written to since it was made")
+            values[call.outs[0]] = values[before]
             continue
 
         def argument(x: Any, call: Call = call) -> Any:

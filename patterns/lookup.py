@@ -24,7 +24,7 @@ from fxfuse.patterns.memory import Memory
 from fxfuse.patterns.prove import Disproved
 from fxfuse.patterns.prove_lookup import Looked, prove_lookup
 from fxfuse.patterns.read import Reading
-from fxfuse.patterns.rearranged import is_wide, is_written, rearranged
+from fxfuse.patterns.rearranged import is_wide, rearranged
 from fxfuse.patterns.record import Pair, Stream
 from fxfuse.patterns.rotation import fit
 from fxfuse.patterns.site import Access, Site, Step
@@ -196,7 +196,7 @@ def memory_of(table: Slot, reader: Call, reading: Reading) -> tuple[Slot, Call]:
         (source,) = copy.inputs()
         if source.device != table.device or not (is_wide(source.dtype) and is_wide(table.dtype)):
             raise Opaque("a table that is moved, or is no table of floats")
-        if is_written(table, reading, reading.positions[reader]):
+        if reading.is_written(table, reader):
             raise Opaque("a table that is written behind its copy")
         table, reader = source, copy
     held = table

@@ -9,6 +9,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TypeAlias
 
+import torch
+
 from fxfuse.patterns.access import CHANNELS, Refused, placed_access
 from fxfuse.patterns.atoms import divide
 from fxfuse.patterns.cut import seen_from
@@ -16,7 +18,9 @@ from fxfuse.patterns.read import Reading
 from fxfuse.patterns.record import Layout, Pass, Stream
 from fxfuse.patterns.site import Access, Decoded, Step, StoreWrite
 from fxfuse.patterns.value import Atom, Index, Kind, Leaf, Size, Value
-from fxfuse.slots import Slot
+from fxfuse.slots import Call, Slot
+
+aten = torch.ops.aten
 
 Atoms: TypeAlias = tuple[Atom, ...]
 Sizes: TypeAlias = tuple[Size, Size]  # batch rows and tokens
@@ -75,12 +79,13 @@ def _placed(
     if any(left.values()):
         wanted = [NAMES[x] for x, atoms in left.items() if atoms]
         raise Refused(f"rows {_names(value, whole)} in a cache without an axis for {wanted[0]}")
-    return Placed(Layout(_named(letters), _index(store, roots), store.cast), flat)
+    axes = _named(letters, "h" if flat else "bh")
+    return Placed(Layout(axes, _index(store, roots), store.cast), flat)
 
 
-def _named(letters: list[str]) -> str:
-    """The axes; those of size 1 are the heads or the batch that nothing else is."""
-    missing = [x for x in "bh" if x not in letters]
+def _named(letters: list[str], rows: str) -> str:
+    """The axes; those of size 1 are the `rows` that nothing else is."""
+    missing = [x for x in rows if x not in letters]
     for i in reversed(range(len(letters))):
         if letters[i] == "_" and missing:
             letters[i] = missing.pop()
@@ -117,7 +122,7 @@ def stored_copy(
     """v as a stream, and its cache's layout: the stored rows as they are, if they are a plain view
     of one tensor of the graph. Their axes are those of k's rows, in the same order.
     """
-    source = _source(store)
+    source, reader = _source(store)
     value = seen_from(reading, source, store.value, store.through)
     plain = reading.values[source]
     if value is None or len(value.terms) != 1 or len(value.terms[0].factors) != 1:
@@ -149,7 +154,7 @@ def stored_copy(
         source.dtype,
         reading.kinds[source],
         source,
-        reading.versions_at(store.call, source.storage),
+        reading.versions_at(reader, source.storage),
     )
     stream = Stream(
         channels=size,
@@ -165,14 +170,17 @@ def stored_copy(
     return copy, Layout(letters, _index(store, roots), store.cast)
 
 
-def _source(store: StoreWrite) -> Slot:
-    """The tensor that the stored rows are cast from; views after it are the rows'."""
-    slot = store.value
+def _source(store: StoreWrite) -> tuple[Slot, Call]:
+    """The tensor that the stored rows are cast from, and the call that reads it; views after it are
+    the rows'.
+    """
+    slot, reader = store.value, store.call
     left = set(store.through)
     while left and slot.call is not None:
-        left.discard(slot.call)
-        slot = store.through.get(slot.call, slot.call.inputs()[0])
-    return slot
+        reader = slot.call
+        left.discard(reader)
+        slot = store.through.get(reader, reader.inputs()[0])
+    return slot, reader
 
 
 def _like(k: Layout, store: StoreWrite) -> str | None:
@@ -228,12 +236,10 @@ def scale_access(reading: Reading, store: StoreWrite, axes: str, flat: bool) -> 
         return Access(leaf, (("view", (1, 1, -1)),))
     if store.axes:
         raise Refused(f"a scale {list(by.shape)}, wanted one element or {store.value.shape[1]}")
-    # The scaled tensor has the value's axes where nothing regrouped them in between.
-    scaled = store.through[call]
-    lead = len(scaled.shape) - rank
-    if scaled.shape != store.value.shape or flat:
+    if flat or not _is_behind(store, call):
         raise Refused("a scale by row of rows that are regrouped before they are stored")
-    names: list[str] = ["?"] * len(scaled.shape)
+    lead = len(store.value.shape) - rank
+    names: list[str] = ["?"] * len(store.value.shape)
     for letter, place in zip(axes, store.places, strict=True):
         if letter in "bhde_" and place is not None:
             names[place] = letter
@@ -250,6 +256,19 @@ def scale_access(reading: Reading, store: StoreWrite, axes: str, flat: bool) -> 
     made += [("select", 0, 0)] * len(others)
     made += [("unsqueeze", i) for i, x in enumerate("bth") if x not in walked]
     return Access(leaf, tuple(made))
+
+
+def _is_behind(store: StoreWrite, call: Call) -> bool:
+    """Whether nothing but the cast stands between one of its calls and the store."""
+    at = store.value.call
+    while at is not None and at is not call:
+        if at in store.through:
+            at = store.through[at].call
+        elif at.op is aten.detach.default:
+            at = at.inputs()[0].call
+        else:
+            return False
+    return at is call
 
 
 def _atoms(value: Value, axis: int | None) -> Atoms:

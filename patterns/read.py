@@ -88,6 +88,12 @@ class Reading:
         """A storage's version when a call reads it."""
         return sum(w < self.positions[call] for w in self.writes.get(storage, ()))
 
+    def is_written(self, slot: Slot, before: Call) -> bool:
+        """Whether a tensor's memory is written between the call that made it and another."""
+        assert slot.call is not None
+        made, end = self.positions[slot.call], self.positions[before]
+        return any(made < write < end for write in self.writes.get(slot.storage, ()))
+
     def leaf(
         self, shape: tuple[Size, ...], dtype: torch.dtype, kind: Kind, slot: Any, **more: Any
     ) -> Leaf:

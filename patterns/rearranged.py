@@ -74,7 +74,7 @@ def _check_call(call: Call, reading: Reading) -> None:
             raise Opaque("a cast to another sort of number")
         if any(out.device != operand.device for out in call.outs):
             raise Opaque("a tensor that moves to another device")
-        if operand.call is None or is_written(operand, reading, reading.positions[call]):
+        if operand.call is None or reading.is_written(operand, call):
             raise Opaque("a tensor that is written before it is read")
 
 
@@ -83,13 +83,6 @@ def is_wide(dtype: torch.dtype) -> bool:
     that rounds once, at its end.
     """
     return dtype.is_floating_point and dtype.itemsize > 1
-
-
-def is_written(slot: Slot, reading: Reading, before: int) -> bool:
-    """Whether a tensor's memory is written behind the call that made it, before a position."""
-    assert slot.call is not None
-    made = reading.positions[slot.call]
-    return any(made < write < before for write in reading.writes.get(slot.storage, ()))
 
 
 def _no_name(*_: Any) -> Value:

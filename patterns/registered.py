@@ -181,6 +181,8 @@ def register_store(
     Mutates: the table of cache writes; the end of a `with` takes the entry out again.
     Errors: FxfuseError for arguments that the op has not, and for letters that say nothing.
     """
+    if op._schema.returns:
+        raise FxfuseError(f"fxfuse.register_store: {op} returns something, wanted nothing")
     names = {a.name for a in op._schema.arguments}
     said = [key, value, key_cache, value_cache, slots, offsets, key_scale, value_scale]
     for name in [*said, *(when or {})]:

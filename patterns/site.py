@@ -79,12 +79,15 @@ class Refusal:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class CacheIndex:
-    """An index of a cache's axis: slots // divisor % modulus (0: none), as `reader` read slots."""
+    """An index of a cache's axis: slots // divisor % modulus (0: none), as `reader` read slots;
+    `made` are the tensors in between.
+    """
 
     slots: Slot
     divisor: int
     modulus: int
     reader: Call
+    made: tuple[Slot, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

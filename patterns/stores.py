@@ -117,7 +117,8 @@ def _resolved(call: Call, slot: Slot) -> CacheIndex:
             modulus = index.modulus
         else:
             return index
-        index = CacheIndex(made.inputs()[0], by * index.divisor, modulus, made)
+        between = (*index.made, index.slots)
+        index = CacheIndex(made.inputs()[0], by * index.divisor, modulus, made, between)
     return index
 
 
@@ -128,7 +129,8 @@ def _fits(of: int, index: CacheIndex) -> bool:
 
 def _division(made: Call) -> tuple[int, int] | None:
     if made.op is aten._to_copy.default:
-        return (1, 0) if made.outs[0].dtype in INTEGERS else None
+        same = made.outs[0].device == made.inputs()[0].device
+        return (1, 0) if same and made.outs[0].dtype in INTEGERS else None
     if made.op is aten.div.Tensor_mode and made.kwargs.get("rounding_mode") == "floor":
         rule: Callable[[int], tuple[int, int]] | None = DIVISIONS[aten.floor_divide.default]
     else:
@@ -163,8 +165,11 @@ def find_stores(reading: Reading) -> tuple[list[StoreWrite], dict[Call, str]]:
             continue
         try:
             written = LAYOUTS[call.op](call)
-            made = [written] if isinstance(written, StoreWrite) else written
-            stores += [cast_of(reading, store) for store in made]
+            for store in [written] if isinstance(written, StoreWrite) else written:
+                made = [slot for index in store.indices for slot in index.made]
+                if any(reading.is_written(slot, call) for slot in made):
+                    raise Refused("indices that are written before the store")
+                stores.append(cast_of(reading, store))
         except Refused as reason:
             refused[call] = str(reason)
     return stores, refused
