@@ -7,6 +7,8 @@ libraries those whose kernels compute exactly what the op does.
 import importlib.util
 from typing import Any
 
+import torch
+
 from fxfuse.lowering import libraries, norm_launch
 from fxfuse.lowering.launch import KINDS, axis_runs
 from fxfuse.lowering.providers import Box, Facts, register_provider
@@ -48,6 +50,21 @@ def _no_triton_kernel(facts: Facts) -> str | None:
         return "k and v differ in heads"
     if facts.batch is not None and facts.batch >= 2**16:
         return "a grid has at most 65535 batch rows"
+    return _no_format(record, facts.device)
+
+
+def _no_format(record: Record, device: torch.device | None) -> str | None:
+    """Why Triton cannot cast to a cache's 8-bit format there: AMD's targets know every format,
+    NVIDIA's e5m2, and e4m3fn from compute capability 8.9 on.
+    """
+    if record.store is None or torch.version.hip or not torch.cuda.is_available():
+        return None
+    known = {"", "float8_e5m2"}
+    if torch.cuda.get_device_capability(device) >= (8, 9):
+        known.add("float8_e4m3fn")
+    for layout in (record.store.k, record.store.v):
+        if layout.cast.dtype not in known:
+            return f"Triton does not cast to {layout.cast.dtype} on this GPU"
     return None
 
 

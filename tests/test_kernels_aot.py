@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 from unittest import mock
 
@@ -14,9 +15,10 @@ from tests.sites import SITES, Operands, operands
 triton = pytest.importorskip("triton")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
+from triton.compiler import ASTSource, CompilationError  # noqa: E402
 
-from fxfuse.lowering import kernels, launch  # noqa: E402
+from fxfuse.lowering import kernels, launch, providers  # noqa: E402
+from fxfuse.lowering.launch_stores import FORMATS  # noqa: E402
 from fxfuse.lowering.operand import Operand  # noqa: E402
 
 pytestmark = pytest.mark.aot
@@ -81,6 +83,38 @@ def test_kernel_compiles(name, target):
     options = {"num_warps": plan.warps, "num_stages": 1, "enable_fp_fusion": True}
     compiled = triton.compile(source(plan), target=GPUTarget(*target), options=options)
     assert compiled.asm["ptx" if target[0] == "cuda" else "amdgcn"]
+
+
+@pytest.mark.parametrize("format", [x for x in FORMATS if x])
+@pytest.mark.parametrize("target", [*TARGETS, ("cuda", 89, 32)], ids=lambda t: str(t[1]))
+def test_the_kernel_declines_the_formats_that_a_target_lacks(target, format, monkeypatch):
+    case = operands("8 bits", heads=2, kv_heads=2, tokens=1)
+    store = case.record.store
+    layouts = {
+        name: dataclasses.replace(layout, cast=dataclasses.replace(layout.cast, dtype=format))
+        for name, layout in (("k", store.k), ("v", store.v))
+    }
+    case.record = dataclasses.replace(case.record, store=dataclasses.replace(store, **layouts))
+    for name in ("k_cache", "v_cache"):
+        case.tensors[name] = case.tensors[name].view(torch.uint8)
+    plan = planned(case)
+    try:
+        options = {"num_warps": plan.warps, "num_stages": 1}
+        triton.compile(source(plan), target=GPUTarget(*target), options=options)
+        compiles = True
+    except CompilationError:
+        compiles = False
+    monkeypatch.setattr(torch.version, "hip", "7.0" if target[0] == "hip" else None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    if target[0] == "cuda":
+        capability = divmod(target[1], 10)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    providers.register()
+    facts = providers.Facts(case.record, (2, 2, 2), 2, device=torch.device("cuda"))
+    choice = providers.choose("cuda", facts)
+    assert (choice.provider == "triton") == compiles
+    declined = ("triton", f"Triton does not cast to {format} on this GPU")
+    assert compiles or declined in choice.declined
 
 
 def test_neighbours_and_halves_load_and_store_wide():
