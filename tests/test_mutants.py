@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import fx
 
-from fxfuse import passes, reference
+from fxfuse import passes, reference, reference_store
 from fxfuse.patterns import frontier, prove
 from tests.mutants import harness
 from tests.mutants.cases import CASES, Case, captured
@@ -187,8 +187,8 @@ def test_a_wrong_sign_is_seen(stored: Case, monkeypatch: Any) -> None:
 
 
 def test_a_wrong_slot_is_seen(stored: Case, monkeypatch: Any) -> None:
-    store = reference.store_
-    monkeypatch.setattr(reference, "store_", lambda cache, s, *rest: store(cache, s + 1, *rest))
+    index_of = reference_store.index_of
+    monkeypatch.setattr(reference_store, "index_of", lambda *given: index_of(*given) + 1)
     assert copied(stored).outcome == "wrong"
 
 
