@@ -14,13 +14,11 @@ from fxfuse.functional import without_own_writes
 from fxfuse.lens import look
 from fxfuse.lowering import gate, targets  # noqa: F401  targets enters our own providers
 from fxfuse.lowering.providers import Choice, Facts, choose, named
-from fxfuse.patterns.add_norm import rows_count
 from fxfuse.patterns.plan import plan
 from fxfuse.patterns.read import read
-from fxfuse.patterns.record import AddNorm, Record
-from fxfuse.patterns.site import Decoded, Gate, NormSite, Site
+from fxfuse.patterns.site import AnyRecord, Decoded, Gate, GroupedSite, NormSite, Site
 from fxfuse.patterns.value import Kind
-from fxfuse.report import Report, fused_norm, fused_of
+from fxfuse.report import Report, fused_group, fused_norm, fused_of
 from fxfuse.rewrite import rewrite
 from fxfuse.settings import FxfuseError, Settings
 from fxfuse.slots import Slot
@@ -28,6 +26,9 @@ from fxfuse.torch_private import keeps_rounding_points, source_name
 
 log = logging.getLogger(__name__)
 _warned: set[str] = set()
+
+# Stages whose refusal leaves a rotation fused, or is about none.
+NO_ROTATION = ("store", "cut", "norm", "grouped_heads")
 
 
 def fuse_graph(gm: fx.GraphModule, settings: Settings) -> tuple[fx.GraphModule, Report]:
@@ -50,7 +51,7 @@ def fuse_graph(gm: fx.GraphModule, settings: Settings) -> tuple[fx.GraphModule, 
         report.notes.append(f"not fused, an error of fxfuse: {reason}")
         return gm, report
     log.debug("%s", report)
-    refused = [r for r in report.refused if r.stage not in ("store", "cut", "norm")]
+    refused = [r for r in report.refused if r.stage not in NO_ROTATION]
     if settings.strict and refused:
         raise FxfuseError(
             "fxfuse: strict=True and a rotation was not fused:\n"
@@ -88,7 +89,7 @@ def _fuse(gm: fx.GraphModule, settings: Settings, report: Report) -> fx.GraphMod
             "gradients are needed: norm and RoPE are fused with their gradients, cache writes stay "
             "the model's; for inference compile under torch.no_grad()"
         )
-    if not planned.sites and not planned.norms:
+    if not (planned.sites or planned.norms or planned.groups):
         return given
     with _timed(report, "rewrite"):
         fused = rewrite(gm, view, planned)
@@ -96,6 +97,7 @@ def _fuse(gm: fx.GraphModule, settings: Settings, report: Report) -> fx.GraphMod
         fused_of(site, _provider(site, settings), _gain(site, settings)) for site in planned.sites
     ]
     report.fused += [fused_norm(site, _norm_provider(site, settings)) for site in planned.norms]
+    report.fused += [fused_group(site, _gain(site, settings)) for site in planned.groups]
     return fused
 
 
@@ -108,7 +110,9 @@ def _watched(gm: fx.GraphModule) -> fx.GraphModule:
 def _gate(settings: Settings) -> Gate:
     """Why the settings, or the gate's table, leave a site to the compiler."""
 
-    def reason(kind: str, slot: Slot, rows: int | None, record: Record | AddNorm | None) -> str:
+    def reason(kind: str, slot: Slot, rows: int | None, record: AnyRecord | None) -> str:
+        if kind in settings.disable:
+            return "disabled by settings"
         if settings.gate != "auto":
             return "" if settings.gate == "always" else "gate='never'"
         target = slot.device.type
@@ -118,13 +122,11 @@ def _gate(settings: Settings) -> Gate:
     return reason
 
 
-def _gain(site: Site, settings: Settings) -> float | None:
+def _gain(site: Site | GroupedSite, settings: Settings) -> float | None:
     """How much faster than Inductor's own code the gate expects a site to be."""
     if settings.compiler != "inductor":
         return None
-    slot = site.q.slot
-    rows = rows_count(tuple(slot.shape[r] for r in site.q.rows[:2] if r is not None))
-    return gate.decide(slot.device.type, site.kind, gate.Facts(rows, site.record)).gain
+    return gate.decide(site.target, site.kind, gate.Facts(site.rows, site.record)).gain
 
 
 def _reason_to_leave(settings: Settings) -> str:

@@ -9,8 +9,16 @@ from collections import Counter
 from typing import Any
 
 from fxfuse.lowering.providers import Choice
-from fxfuse.patterns.record import AddNorm, Norm, Record
-from fxfuse.patterns.site import Left, NormSite, Refusal, Site, location
+from fxfuse.patterns.record import AddNorm, GroupedHeads, Norm, Record
+from fxfuse.patterns.site import (
+    AnyRecord,
+    GroupedSite,
+    Left,
+    NormSite,
+    Refusal,
+    Site,
+    location,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +32,7 @@ class Fused:
     where: str
     op: str
     provider: str
-    record: Record | AddNorm
+    record: AnyRecord
     eps: tuple[Any, ...]
     kind: str = "attention"
     gain: float | None = None
@@ -99,12 +107,15 @@ KINDS = {
     "attention": "norm and rotation of q and k",
     "norm": "norm of q and k",
     "add_rms_norm": "add + rms_norm",
+    "grouped_heads": "attention over repeated heads",
 }
 
 
-def _short(record: Record | AddNorm) -> str:
+def _short(record: AnyRecord) -> str:
     if isinstance(record, AddNorm):
         return f"{record.channels} channels"
+    if isinstance(record, GroupedHeads):
+        return f"{record.heads} heads over {record.kv_heads}, {record.channels} channels"
     stream = record.q
     rotation = stream.rotation
     if rotation is None:
@@ -115,8 +126,10 @@ def _short(record: Record | AddNorm) -> str:
     return f"{pairs} by {max(rotation.axes) + 1} axes" if rotation.axes else pairs
 
 
-def stages_of(record: Record | AddNorm) -> tuple[str, ...]:
+def stages_of(record: AnyRecord) -> tuple[str, ...]:
     """The stages of a site in the order they are computed."""
+    if isinstance(record, GroupedHeads):
+        return ("grouped_heads",)
     if isinstance(record, AddNorm):
         return (*["add"] * (record.addends - 1), _norm_name(record.norm))
     norm = record.q.norm
@@ -143,6 +156,22 @@ def fused_norm(site: NormSite, choice: Choice) -> Fused:
         eps=eps,
         kind=site.kind,
         declined=choice.declined,
+    )
+
+
+def fused_group(site: GroupedSite, gain: float | None = None) -> Fused:
+    """The entry of an attention call that reads its heads as they were before they were repeated;
+    torch's own attention does so.
+    """
+    return Fused(
+        stages=stages_of(site.record),
+        where=location(site.call.node),
+        op="scaled_dot_product_attention(enable_gqa)",
+        provider="torch",
+        record=site.record,
+        eps=(),
+        kind=site.kind,
+        gain=gain,
     )
 
 
@@ -189,7 +218,8 @@ def counts() -> dict[str, int]:
     """Sites fused since import: "attention" for each attention layer of each compiled graph whose
     rotation was fused, "norm" for each whose norms of q and k were, without a rotation, "store" for
     each of those whose site includes the KV-cache store, "key" for each k that was fused apart from
-    its q, "add_rms_norm" for each norm over the hidden width.
+    its q, "add_rms_norm" for each norm over the hidden width, "grouped_heads" for each attention
+    call that reads heads as they were before they were repeated.
     """
     with _lock:
         return dict(_counts)

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import fxfuse.add_norm
 import fxfuse.ops  # noqa: F401  these two define the ops that are called here
 from fxfuse.patterns.plan import Plan
-from fxfuse.patterns.site import Access, Decoded, NormSite, Site
+from fxfuse.patterns.site import Access, Decoded, GroupedSite, NormSite, Repeated, Site, Step
 from fxfuse.slots import Call, Scalar, Slot, View, slots_of
 from fxfuse.torch_private import copy_graph, fake_mode_of, size_of, with_graph, without_guards
 
@@ -24,6 +24,8 @@ def rewrite(gm: fx.GraphModule, view: View, plan: Plan) -> fx.GraphModule:
     """A copy of the graph with every site of the plan replaced by its op."""
     graph, nodes = copy_graph(gm.graph)
     editor = _Editor(graph, view, nodes, fake_mode_of(gm))
+    for group in plan.groups:
+        editor.group(group)
     for site in plan.sites:
         editor.replace(site)
     for norm in plan.norms:
@@ -49,6 +51,27 @@ class _Editor:
                 self.readers.setdefault(slot, set()).add(nodes[call.node])
         self.dead: list[fx.Node] = []
         self.sums: dict[Slot, fx.Node] = {}
+
+    def group(self, site: GroupedSite) -> None:
+        """Attention reads k and v as they were before their heads were repeated."""
+        node = self.nodes[site.call.node]
+        self.dead += node.all_input_nodes
+        with self.graph.inserting_before(node):
+            for i, name, operand in ((1, "key", site.key), (2, "value", site.value)):
+                new = self._before_repeats(operand, node)
+                if name in node.kwargs:
+                    node.update_kwarg(name, new)
+                else:
+                    node.update_arg(i, new)
+        node.update_kwarg("enable_gqa", True)
+
+    def _before_repeats(self, operand: Repeated, reader: fx.Node) -> fx.Node:
+        """What a k or v was repeated from; it has a new reader then."""
+        held = self._holder(operand.slot)
+        known = set(held.users)
+        new = self._stepped(held, operand.steps, reader)
+        self.readers.setdefault(operand.slot, set()).update(set(held.users) - known or {reader})
+        return new
 
     def replace(self, site: Site) -> None:
         graph = self.graph
@@ -128,8 +151,10 @@ class _Editor:
         return self.nodes[self.holder[slot]]
 
     def _operand(self, access: Access, anchor: fx.Node) -> fx.Node:
-        node = self._holder(access.leaf.slot)
-        for name, *args in access.steps:
+        return self._stepped(self._holder(access.leaf.slot), access.steps, anchor)
+
+    def _stepped(self, node: fx.Node, steps: tuple[Step, ...], anchor: fx.Node) -> fx.Node:
+        for name, *args in steps:
             if name == "view_as_real":
                 node = self._add(torch.view_as_real, (node,), anchor)
             else:

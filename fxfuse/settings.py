@@ -8,7 +8,7 @@ Compiler = Literal["inductor", "aot_eager", "eager"]
 Numerics = Literal["inductor", "graph"]
 Gate = Literal["auto", "always", "never"]
 
-DISABLEABLE = ("attention", "store")
+DISABLEABLE = ("attention", "store", "grouped_heads")
 
 
 class FxfuseError(RuntimeError):
@@ -20,7 +20,8 @@ class Settings:
     """How a Backend works.
 
     strict     a rotation that is refused is an error that names it
-    disable    stages left alone: "attention" (everything), "store" (cache writes stay the model's)
+    disable    stages left alone: "attention" (everything), "store" (cache writes stay the model's),
+               "grouped_heads" (attention reads repeated heads as the model has them)
     numerics   "inductor": float32 from load to store, one rounding; "graph": the graph's own
                rounding points, which the fused kernels do not keep, so that nothing is fused and
                the report says so

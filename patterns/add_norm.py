@@ -17,8 +17,18 @@ from fxfuse.patterns.norms import Statistic, base_of, read_statistic, rows_of, w
 from fxfuse.patterns.prove import Disproved, Untried, prove
 from fxfuse.patterns.read import Reading
 from fxfuse.patterns.record import AddNorm, Norm, Pass, Stream
-from fxfuse.patterns.site import Access, Decoded, Gate, Left, NormSite, Refusal, Step, location
-from fxfuse.patterns.value import Factor, Index, Kind, Leaf, Size, Value, is_statistic, product
+from fxfuse.patterns.site import (
+    Access,
+    Decoded,
+    Gate,
+    Left,
+    NormSite,
+    Refusal,
+    Step,
+    location,
+    rows_count,
+)
+from fxfuse.patterns.value import Factor, Index, Kind, Leaf, Size, Value, is_statistic
 from fxfuse.slots import Call, Scalar, Slot
 
 aten = torch.ops.aten
@@ -269,8 +279,3 @@ def _normed_row(
     eps = rest[-1]
     assert isinstance(eps, float)
     return reference.add_rms_norm(x, None, None, weight, eps, record)[1]
-
-
-def rows_count(sizes: tuple[Size, ...]) -> int | None:
-    """A product of sizes, None where one is symbolic."""
-    return int(product(sizes)) if all(isinstance(s, int) for s in sizes) else None

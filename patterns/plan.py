@@ -12,9 +12,10 @@ import torch
 from torch import fx
 
 from fxfuse.patterns.access import Refused
-from fxfuse.patterns.add_norm import Norms, rows_count
+from fxfuse.patterns.add_norm import Norms
 from fxfuse.patterns.attention import ATTENTION, normed_operands, operand_index
 from fxfuse.patterns.frontier import Frontier
+from fxfuse.patterns.grouped import Groups
 from fxfuse.patterns.lookup import with_lookups
 from fxfuse.patterns.memory import Memory
 from fxfuse.patterns.read import Reading
@@ -23,6 +24,7 @@ from fxfuse.patterns.site import (
     Access,
     Decoded,
     Gate,
+    GroupedSite,
     Left,
     NormSite,
     Refusal,
@@ -48,6 +50,7 @@ class Plan:
     refusals: list[Refusal]
     disproved: list[str] = dataclasses.field(default_factory=list)
     norms: list[NormSite] = dataclasses.field(default_factory=list)
+    groups: list[GroupedSite] = dataclasses.field(default_factory=list)
     left: list[Left] = dataclasses.field(default_factory=list)
 
 
@@ -88,18 +91,18 @@ class _Planner:
         self.plan.sites = with_lookups(sites, self.memory, holder, disproved)
         self._report_refusals(made)
         norms = Norms(self.reading, self.frontier, self.memory, self.gate)
-        self.plan.norms = norms.sites
-        self.plan.left += norms.left
-        self.plan.refusals += norms.refusals
+        groups = Groups(self.reading, self.frontier, self.gate)
+        self.plan.norms, self.plan.groups = norms.sites, groups.sites
+        self.plan.left += norms.left + groups.left
+        self.plan.refusals += norms.refusals + groups.refusals
         self.plan.disproved += norms.disproved
         return self.plan
 
     def _is_left(self, site: Site) -> bool:
         """Whether the gate leaves a site to the compiler."""
         kind = "norm" if site.record.q.rotation is None else "attention"
-        slot, rows = site.q.slot, [r for r in site.q.rows[:2] if r is not None]
-        count = rows_count(tuple(slot.shape[r] for r in rows))
-        reason = self.gate(kind, slot, count, site.record)
+        slot = site.q.slot
+        reason = self.gate(kind, slot, site.rows, site.record)
         if reason:
             self.plan.left.append(Left(kind, reason, slot.node.name, location(slot.node)))
         return bool(reason)

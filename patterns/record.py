@@ -200,6 +200,23 @@ class AddNorm:
         return AddNorm(**{**data, "norm": Norm(**data["norm"])})
 
 
+@dataclasses.dataclass(frozen=True)
+class GroupedHeads:
+    """One attention whose query heads, n in a row, read one head of k and v.
+
+    heads, kv_heads  of q; of k and v
+    channels         of a row of q
+    has_mask         attention adds or applies a mask tensor
+    dtype            of q, a torch dtype's name
+    """
+
+    heads: int
+    kv_heads: int
+    channels: int
+    has_mask: bool
+    dtype: str = "float32"
+
+
 def _store(data: dict[str, Any]) -> Store:
     def layout(data: dict[str, Any]) -> Layout:
         index = tuple((operand, by, of) for operand, by, of in data["index"])

@@ -3,14 +3,14 @@ say why not.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import fx
 
-from fxfuse.patterns.record import AddNorm, Cast, Record, Stream
-from fxfuse.patterns.value import Leaf, Value
+from fxfuse.patterns.record import AddNorm, Cast, GroupedHeads, Record, Stream
+from fxfuse.patterns.value import Leaf, Size, Value, product
 from fxfuse.slots import Call, Scalar, Slot
 
 Step: TypeAlias = tuple[Any, ...]
@@ -145,6 +145,17 @@ class Site:
     slots: tuple[Access, ...] = ()
     scales: tuple[Access | None, Access | None] = (None, None)
 
+    @property
+    def rows(self) -> int | None:
+        """Tokens of all batch rows together, None where symbolic."""
+        slot = self.q.slot
+        return rows_count([slot.shape[r] for r in self.q.rows[:2] if r is not None])
+
+    @property
+    def target(self) -> str:
+        """The device type."""
+        return self.q.slot.device.type
+
     def is_single(self) -> bool:
         """Whether it makes one tensor alone: a q, or a k that is stored; the latter's q has no
         heads.
@@ -174,6 +185,39 @@ class NormSite:
     kind: str = "add_rms_norm"
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Repeated:
+    """What attention's k or v was repeated from: a slot, the views that give it their axes, and how
+    often each head was repeated.
+    """
+
+    slot: Slot
+    steps: tuple[Step, ...]
+    times: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class GroupedSite:
+    """One attention call that reads repeated heads, its query, and what its k and v were before."""
+
+    record: GroupedHeads
+    call: Call
+    query: Slot
+    key: Repeated
+    value: Repeated
+    kind: str = "grouped_heads"
+
+    @property
+    def rows(self) -> int | None:
+        """Queries of all batch rows together, None where symbolic."""
+        return rows_count([self.query.shape[0], self.query.shape[2]])
+
+    @property
+    def target(self) -> str:
+        """The device type."""
+        return self.query.device.type
+
+
 @dataclasses.dataclass(frozen=True)
 class Left:
     """A site that the gate leaves to the compiler: neither fused nor refused."""
@@ -186,12 +230,19 @@ class Left:
 
 # Why a site of a kind that makes a slot is left to the compiler, or nothing. The record is None
 # before it is known; the number is of rows, None where symbolic.
-Gate: TypeAlias = Callable[[str, Slot, "int | None", "Record | AddNorm | None"], str]
+AnyRecord: TypeAlias = Record | AddNorm | GroupedHeads
+Gate: TypeAlias = Callable[[str, Slot, "int | None", "AnyRecord | None"], str]
 
 
-def fuse_all(kind: str, slot: Slot, rows: int | None, record: Record | AddNorm | None) -> str:
+def fuse_all(kind: str, slot: Slot, rows: int | None, record: AnyRecord | None) -> str:
     """The gate that leaves nothing."""
     return ""
+
+
+def rows_count(sizes: Iterable[Size]) -> int | None:
+    """A product of sizes, None where one is symbolic."""
+    found = product(sizes)
+    return found if isinstance(found, int) else None
 
 
 def location(node: fx.Node) -> str:

@@ -267,3 +267,12 @@ class AddNorm(Chain):
     def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         total = x + residual
         return total, NORMS[self.shape.norm or "rms"](total, self.weight, self.shape.eps)
+
+
+class RepeatedHeads(Chain):
+    """Attention by a mask over caches of one sequence, heads of k and v repeated in front of it."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        times = q.shape[1] // k.shape[1]
+        k, v = (x[:, :, None].expand(-1, -1, times, -1, -1).flatten(1, 2) for x in (k, v))
+        return attention(q, k, v, attn_mask=mask)

@@ -159,6 +159,17 @@ def _draw_add_norm(case: Case, device: str, generator: torch.Generator) -> Input
     return Inputs(tuple(draw(case.tokens, case.shape.hidden) for _ in range(2)))
 
 
+def _draw_repeated(case: Case, device: str, generator: torch.Generator) -> Inputs:
+    shape, t, slots = case.shape, case.tokens, int(case.layout)
+    draw = _normal(device, generator)
+    q = draw(1, shape.heads, t, shape.head_dim)
+    k, v = (draw(1, shape.kv_heads, slots, shape.head_dim) for _ in range(2))
+    # Causal, in a cache that is three quarters full.
+    last = 3 * slots // 4 - t + torch.arange(t, device=device)
+    mask = torch.arange(slots, device=device) <= last[:, None]
+    return Inputs((q, k, v, mask[None, None]))
+
+
 LONG = (1, 16, 256, 4096, 16384)
 RECIPES = {
     "prelude": Recipe(
@@ -219,6 +230,16 @@ RECIPES = {
         draw=_draw_add_norm,
         gate="always",
         first=("add",),
+    ),
+    "grouped_heads": Recipe(
+        shapes.REPEATED,
+        (1, 16, 256),
+        {slots: chains.RepeatedHeads for slots in ("1024", "4096", "512")},
+        looks_up=False,
+        store=False,
+        draw=_draw_repeated,
+        gate="always",
+        first=("grouped_heads",),
     ),
 }
 CPU_TOKENS = (1, 64, 1024)

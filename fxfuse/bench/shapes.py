@@ -85,6 +85,11 @@ QK_NORMS = (
     Shape("Qwen3.5-397B/8", 4, 1, 256, "gemma", "", 0, hidden=4096),
     Shape("more heads of k", 8, 16, 128, "gemma", "", 0),
 )
+REPEATED = (
+    Shape("Qwen3-0.6B 16/8/128", 16, 8, 128, None, "", 0),
+    Shape("Qwen3-8B 32/8/128", 32, 8, 128, None, "", 0),
+    Shape("Gemma3-12B 16/8/256", 16, 8, 256, None, "", 0),
+)
 ADD_NORMS = (
     Shape("1024", 16, 8, 128, "rms", "", 0, hidden=1024),
     Shape("4096", 32, 8, 128, "rms", "", 0, hidden=4096),
