@@ -90,6 +90,7 @@ def train_in_a_process(folder: Path) -> Any:
 
 
 @pytest.mark.cpu
+@pytest.mark.long
 def test_a_change_of_the_sources_is_a_change_of_the_key(tmp_path: Path) -> None:
     package = tmp_path / "fxfuse"
     shutil.copytree(ROOT / "fxfuse", package, ignore=shutil.ignore_patterns("__pycache__"))

@@ -107,8 +107,14 @@ FAULTS = {
 }  # fmt: skip
 
 
+# Each is a program of its own: two of the three cases with the long tests.
+LONG = {"nothing fused", "another row of a cache is written"}
+
+
 @pytest.mark.cpu
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.long] if n in LONG else []) for n in FAULTS]
+)
 def test_what_is_wrong_is_told(name: str, tmp_path: Path) -> None:
     chain, written, line, told = FAULTS[name]
     path = tmp_path / "broken.py"

@@ -381,6 +381,7 @@ print(json.dumps([site.provider, hits]))
 
 
 @pytest.mark.cpu
+@pytest.mark.long
 def test_the_table_is_in_the_keys_of_inductors_caches(tmp_path: Path) -> None:
     def in_a_process(*names: str) -> Any:
         env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}

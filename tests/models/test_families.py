@@ -83,8 +83,8 @@ def test_static_cache_prefill_and_decode(family: Family, compiler: str) -> None:
     assert_same_cache(kv, want_kv, "after decoding")
 
 
-# Layers whose attention reads heads that are repeated in front of it; the others have a head of k for
-# each of q, or attention of their own.
+# Layers whose attention reads heads that are repeated in front of it; the others have a head of k
+# for each of q, or attention of their own.
 REPEATED = {"llama": 2, "gemma3": 2, "phi3": 2, "cohere2": 3, "llama4": 3, "olmo2": 0, "gpt_oss": 0}
 
 
@@ -93,8 +93,8 @@ REPEATED = {"llama": 2, "gemma3": 2, "phi3": 2, "cohere2": 3, "llama4": 3, "olmo
 def test_attention_reads_heads_as_they_are_cached(name: str) -> None:
     model = model_of(name)
     kv, other = (static_cache(model) for _ in range(2))
-    for cache in (kv, other):
-        model(token_ids(PROMPT), past_key_values=cache, use_cache=True)
+    for given in (kv, other):
+        model(token_ids(PROMPT), past_key_values=given, use_cache=True)
     backend = fxfuse.Backend(compiler="eager")
     got = torch.compile(model, backend=backend)(token_ids(1), past_key_values=kv).logits
     assert_close(got, model(token_ids(1), past_key_values=other).logits, "logits")
