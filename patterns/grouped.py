@@ -9,6 +9,7 @@ size n, that walks no tensor.
 from collections.abc import Iterator
 
 import torch
+import torch.nn.attention
 
 from fxfuse.patterns.access import Refused
 from fxfuse.patterns.attention import NAMES
@@ -57,6 +58,7 @@ class Groups:
 
     def _site(self, call: Call) -> GroupedSite:
         """Raises Refused."""
+        self._check_kernels()
         q, k, v = (_operand(call, i) for i in range(3))
         if call.node.target not in CALLS:
             raise Refused(f"heads are repeated for {call.node.target}, which is not known")
@@ -74,6 +76,16 @@ class Groups:
             dtype=str(q.dtype).removeprefix("torch."),
         )
         return GroupedSite(record, call, q, key, value)
+
+    def _check_kernels(self) -> None:
+        """Raises Refused where attention may be left without a kernel: of those on a GPU not all
+        read grouped heads.
+        """
+        if not torch.backends.cuda.math_sdp_enabled():  # type: ignore[no-untyped-call]
+            raise Refused("torch's math attention, which reads grouped heads anywhere, is off")
+        for node in self.reading.view.graph.nodes:
+            if getattr(node.target, "__module__", "") == torch.nn.attention.__name__:
+                raise Refused("the model chooses the kernels of its attention (sdpa_kernel)")
 
     def _repeated(self, slot: Slot, call: Call) -> Repeated:
         """The tensor that a k or v was repeated from. Raises Refused."""

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fxfuse
 from fxfuse.passes import fuse_graph
@@ -295,6 +296,23 @@ def test_autocast_keeps_the_models_casts() -> None:
             return F.scaled_dot_product_attention(q, by_expand(k), by_expand(v))
 
     check(run, *rows())
+
+
+def test_where_kernels_are_chosen_they_get_what_the_model_gives_them() -> None:
+    """Not every kernel reads grouped heads: attention might be left without one."""
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, by_expand(k), by_expand(v))
+
+    def inside(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(SDPBackend.MATH):
+            return run(q, k, v)
+
+    report, heads = check(inside, *rows())
+    assert heads == [(H, H, H)] and ["sdpa_kernel" in r for r in reasons(report)] == [True]
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        report, heads = check(run, *rows())
+    assert heads == [(H, H, H)] and ["is off" in r for r in reasons(report)] == [True]
 
 
 def test_sizes_that_only_the_run_knows() -> None:
