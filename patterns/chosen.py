@@ -28,6 +28,7 @@ SIMPLE = frozenset(
         aten.arange.start,
         aten.arange.start_step,
         aten.detach.default,
+        aten.floor_divide.default,
         aten.lift_fresh.default,
         aten.lift_fresh_copy.default,
         aten.slice.Tensor,
@@ -45,7 +46,7 @@ def chosen(x: Value, call: Call, written: Container[int]) -> Value:
     try:
         rest, named = map_aggregate(
             (call.args[1:], call.kwargs),
-            lambda a: _numbers(a, written) if isinstance(a, Slot) else a,
+            lambda a: numbers_of(a, written) if isinstance(a, Slot) else a,
         )
         value = CHOICES[call.op](x, *rest, **named)
     except (*NOT_FORESEEN, RuntimeError) as error:
@@ -55,7 +56,7 @@ def chosen(x: Value, call: Call, written: Container[int]) -> Value:
     return value
 
 
-def _numbers(slot: Slot, written: Container[int]) -> torch.Tensor:
+def numbers_of(slot: Slot, written: Container[int]) -> torch.Tensor:
     """An index tensor on the CPU, not expanded: the shape of the result tells whether that was
     meant. Raises Opaque.
     """

@@ -13,11 +13,13 @@ import torch.nn.attention
 
 from fxfuse.patterns.access import Refused
 from fxfuse.patterns.attention import NAMES
+from fxfuse.patterns.chosen import numbers_of
 from fxfuse.patterns.frontier import Frontier
 from fxfuse.patterns.read import Reading
 from fxfuse.patterns.record import GroupedHeads
 from fxfuse.patterns.site import Gate, GroupedSite, Left, Refusal, Repeated, Step, location
-from fxfuse.patterns.value import Atom, Value
+from fxfuse.patterns.transfer import NOT_FORESEEN
+from fxfuse.patterns.value import Atom, Opaque, Value
 from fxfuse.slots import Call, Slot
 
 aten = torch.ops.aten
@@ -90,6 +92,11 @@ class Groups:
     def _repeated(self, slot: Slot, call: Call) -> Repeated:
         """The tensor that a k or v was repeated from. Raises Refused."""
         value = self.reading.values[slot]
+        if (found := gathered(self.reading, slot)) is not None:
+            source, times = found
+            assert slot.call is not None
+            self._check(source, call, [slot.call])
+            return Repeated(source, (), times)
         atom = repeating_atom(value)
         if atom is None:
             raise Refused("k or v is repeated, and the other is not")
@@ -104,14 +111,17 @@ class Groups:
                 break
             chain.append(slot.call)
             slot = inputs.pop()
-        self._check(slot, atom, call, chain)
-        return Repeated(slot, steps_between(self.reading.values[slot], value, atom), atom.size)
+        if atom in self.reading.values[slot].atoms or slot not in holder:
+            raise Refused("heads that are repeated by more than moving them about")
+        self._check(slot, call, chain)
+        before = _as_read(self.reading.values[slot], slot, value)
+        return Repeated(slot, steps_between(before, value, atom), atom.size)
 
-    def _check(self, source: Slot, atom: Atom, call: Call, chain: list[Call]) -> None:
+    def _check(self, source: Slot, call: Call, chain: list[Call]) -> None:
         """Raises Refused where attention itself cannot read what the heads were repeated from."""
         reading, frontier = self.reading, self.frontier
-        if atom in reading.values[source].atoms or source not in frontier.uses.holder:
-            raise Refused("heads that are repeated by more than moving them about")
+        if source not in frontier.uses.holder:
+            raise Refused("heads inside one call of the model's graph")
         if any(c.outs[0].dtype != source.dtype for c in chain):
             raise Refused("repeated heads that are cast before attention reads them")
         if any(c.outs[0].device != source.device for c in chain):
@@ -134,8 +144,13 @@ def _attention_calls(reading: Reading) -> Iterator[Call]:
         if call.op is aten.scaled_dot_product_attention.default:
             operands = [_operand(call, i) for i in range(3)]
             four = all(isinstance(x, Slot) and len(x.shape) == 4 for x in operands)
-            if four and any(repeating_atom(reading.values[x]) for x in operands[1:]):
+            if four and any(_is_repeated(reading, x) for x in operands[1:]):
                 yield call
+
+
+def _is_repeated(reading: Reading, slot: Slot) -> bool:
+    repeats = repeating_atom(reading.values[slot]) is not None
+    return repeats or gathered(reading, slot) is not None
 
 
 def _operand(call: Call, index: int) -> Slot:
@@ -151,6 +166,48 @@ def repeating_atom(value: Value) -> Atom | None:
     axes = [index for term in value.terms for factor in term.factors for index in factor.axes]
     walked = atom in value.explicit or any(index.stride(atom) for index in axes)
     return None if walked or not axes or not isinstance(atom.size, int) else atom
+
+
+def gathered(reading: Reading, slot: Slot) -> tuple[Slot, int] | None:
+    """Of x[:, numbers] with [0, 0, .., 1, 1, ..] in the model's code: x, and how often each."""
+    call = slot.call
+    if call is None or len(slot.shape) != 4:
+        return None
+    if call.op is aten.index_select.default:
+        x, dim, index = call.args
+    elif call.op is aten.index.Tensor and len(call.args[1]) == 2 and call.args[1][0] is None:
+        x, dim, index = call.args[0], 1, call.args[1][1]
+    else:
+        return None
+    heads, whole = x.shape[1], slot.shape[1]
+    if dim % 4 != 1 or not all(isinstance(n, int) for n in (heads, whole)) or whole % heads:
+        return None
+    try:
+        numbers = numbers_of(index, reading.writes)
+    except (Opaque, *NOT_FORESEEN):
+        return None
+    times = whole // heads
+    wanted = [i // times for i in range(whole)]
+    return (x, times) if times > 1 and numbers.tolist() == wanted else None
+
+
+def _as_read(own: Value, slot: Slot, repeated: Value) -> Value:
+    """The Value of a slot as its repetition read it: where it was written since it was made, that
+    is a leaf of its own, seen as a whole.
+    """
+    if own.terms == repeated.terms or len(repeated.terms) != 1:
+        return own
+    factors = repeated.terms[0].factors
+    if len(factors) != 1 or factors[0].leaf.slot is not slot or repeated.explicit:
+        return own
+    dims = []
+    for index, size in zip(factors[0].axes, slot.shape, strict=True):
+        walked = [(a, s) for a, s in index.strides if s]
+        whole = index.offsets == (0,) and [(a.size, s) for a, s in walked] == [(size, 1)]
+        if not whole and (walked or size != 1):
+            return own
+        dims.append(tuple(a for a, _ in walked))
+    return Value(tuple(dims), (), repeated.terms, repeated.dtype)
 
 
 def steps_between(source: Value, repeated: Value, atom: Atom) -> tuple[Step, ...]:

@@ -101,6 +101,9 @@ REPEATS = {
     "stack, flatten": lambda x: torch.stack([x] * TIMES, 2).flatten(1, 2),
     "repeat, view": lambda x: x.unsqueeze(2).repeat(1, 1, TIMES, 1, 1).view(B, H, -1, D),
     "expand, flatten, contiguous": lambda x: by_expand(x).contiguous(),
+    "index": lambda x: x[:, torch.arange(H) // TIMES],
+    "index of a list": lambda x: x[:, torch.tensor([0, 0, 1, 1])],
+    "index_select": lambda x: x.index_select(1, torch.tensor([0, 0, 1, 1])),
     "broadcast": lambda x: x.unsqueeze(2).broadcast_to(B, G, TIMES, x.shape[2], D).flatten(1, 2),
 }
 
@@ -133,6 +136,13 @@ def test_each_query_head_reads_its_own_group() -> None:
 NEAR_MISSES: dict[str, tuple[Repeat, Repeat, str]] = {
     "tiled": (lambda x: x.repeat(1, TIMES, 1, 1), lambda x: x.repeat(1, TIMES, 1, 1), ""),
     "v is tiled": (by_expand, lambda x: x.repeat(1, TIMES, 1, 1), "the other is not"),
+    "other heads": (
+        lambda x: x[:, torch.tensor([0, 1, 0, 1])], lambda x: x[:, torch.tensor([0, 1, 0, 1])], ""
+    ),
+    "other tokens": (
+        lambda x: x[:, :, torch.tensor([0, 0, 1, 1])].repeat(1, TIMES, 1, 1),
+        lambda x: x[:, :, torch.tensor([0, 0, 1, 1])].repeat(1, TIMES, 1, 1), ""
+    ),
     "v has heads of its own": (by_expand, lambda x: torch.cat([x, 2 * x], 1), "the other is not"),
     "cast": (
         lambda x: by_expand(x.bfloat16()).float(), lambda x: by_expand(x.bfloat16()).float(),
@@ -213,7 +223,9 @@ def test_dropout_draws_the_models_numbers() -> None:
     assert grouped(report) == 0 and any("dropout" in r for r in reasons(report))
 
 
-@pytest.mark.parametrize("name", ["expand, reshape", "tokens first"])
+@pytest.mark.parametrize(
+    "name", ["expand, reshape", "tokens first", "repeat_interleave", "index_select"]
+)
 def test_behind_a_store(name: str) -> None:
     """Attention reads the caches themselves."""
     repeat = REPEATS[name]
