@@ -13,9 +13,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from fxfuse.tiny import inputs
 from tests.models.families import FAMILIES, SMALL, Family
 
-BATCH, PROMPT, SLOTS = 2, 7, 32
+BATCH, PROMPT, SLOTS = inputs.BATCH, inputs.PROMPT, 32
 # What an untouched slot of a cache holds: a store into the wrong slot shows.
 CANARY = 3.0
 

@@ -20,6 +20,7 @@ import torch
 import transformers
 
 from fxfuse.entry import source_tag
+from fxfuse.tiny.units import architectures, transformers_units, units_of
 from tests.sweep import coverage, expected
 from tests.sweep.measure import Plan
 from tests.sweep.results import Results, UnitResult, line_of, load, save
@@ -27,7 +28,6 @@ from tests.sweep.run import run_units
 from tests.sweep.sample import SAMPLE
 from tests.sweep.scenarios import NAMES, USUAL
 from tests.sweep.summary import failures, summary
-from tests.sweep.units import architectures, transformers_units, units_of
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,16 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fxfuse.tiny.inputs import inputs_of
+from fxfuse.tiny.model import new_cache, takes_cache, tiny_model
+from fxfuse.tiny.units import Unit, units_of
 from tests.models.tiny import randomise
-from tests.sweep.inputs import inputs_of
-from tests.sweep.overrides import OVERRIDES
-from tests.sweep.sizes import tiny_config
-from tests.sweep.units import Unit
 
 # Buffers that `from_pretrained` leaves in float32 in a model of any dtype.
 FREQUENCIES = re.compile(r"inv_freq|freqs")
-# Models with a cache class of their own, which refuse the library's.
-OWN_CACHE = {"minimax": "MiniMaxCache"}
 
 
 @dataclass(frozen=True)
@@ -43,15 +39,11 @@ class Example:
 
     @property
     def takes_cache(self) -> bool:
-        names = self.parameters.keys()
-        fed = names & {"input_ids", "inputs_embeds"}
-        return bool(self.unit.library == "transformers" and "past_key_values" in names and fed)
+        return self.unit.library == "transformers" and takes_cache(self.model)
 
-    @property
-    def own_cache(self) -> Any:
-        """The cache class of a model that takes no other, None elsewhere."""
-        name = OWN_CACHE.get(self.unit.name)
-        return getattr(sys.modules[self.unit.module], name) if name else None
+    def new_cache(self, kind: str, slots: int) -> Any:
+        """An empty cache, "static" or "dynamic"."""
+        return new_cache(self.model, kind, slots, self.inputs(1))
 
 
 def example_of(unit: Unit, dtype: torch.dtype, device: str) -> Example:
@@ -60,7 +52,7 @@ def example_of(unit: Unit, dtype: torch.dtype, device: str) -> Example:
 
         built, make_inputs = diffusers_model(unit), diffusers_inputs
     else:
-        built, make_inputs = _transformers_model(unit), inputs_of
+        built, make_inputs = tiny_model(unit), inputs_of
     model = _cast(randomise(built.float()).eval(), dtype).to(device)
 
     def inputs(tokens: int) -> dict[str, Any]:
@@ -70,19 +62,13 @@ def example_of(unit: Unit, dtype: torch.dtype, device: str) -> Example:
     return Example(unit, model, inputs)
 
 
-def _transformers_model(unit: Unit) -> nn.Module:
-    """The model with scaled_dot_product_attention, or with the eager form where it has no other."""
-    model = unit.model_class()
-    for attention in ("sdpa", "eager"):
-        config = tiny_config(model.config_class, OVERRIDES.get(unit.name))
-        config._attn_implementation = attention
-        torch.manual_seed(0)
-        try:
-            return model(config)
-        except ValueError as error:
-            if attention == "eager" or not re.search(r"sdpa|attention|scaled_dot", str(error)):
-                raise
-    raise AssertionError("unreachable")
+def unit_named(name: str) -> Unit:
+    """One unit by its full name; a name that starts with `diffusers/` is one of that library."""
+    if name.startswith("diffusers/"):
+        from tests.sweep.diffusion import diffusers_units
+
+        return diffusers_units()[name]
+    return units_of(name.partition(".")[0])[name]
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:

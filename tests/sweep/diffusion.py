@@ -12,11 +12,11 @@ import diffusers
 import torch
 from torch import nn
 
+from fxfuse.tiny.units import ROTARY, Unit
 from tests.sweep.diffusion_flux import FLUX_LIKE
 from tests.sweep.diffusion_images import IMAGES
 from tests.sweep.diffusion_plain import PLAIN
 from tests.sweep.diffusion_videos import VIDEOS
-from tests.sweep.units import ROTARY, Unit
 
 ENTRIES = FLUX_LIKE | IMAGES | PLAIN | VIDEOS
 TABLE = {f"diffusers/{name}": entry for name, entry in sorted(ENTRIES.items())}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from fxfuse.tiny.inputs import ids, noise
 from tests.sweep.diffusion_inputs import (
     AXES,
     FOUR_CHANNELS,
@@ -19,7 +20,6 @@ from tests.sweep.diffusion_inputs import (
     image,
     time,
 )
-from tests.sweep.inputs import ids, noise
 
 TWO_LAYERS: Arguments = {**HEADS, **FOUR_CHANNELS, "num_layers": 2}
 

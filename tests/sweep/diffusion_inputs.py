@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.sweep.inputs import noise
+from fxfuse.tiny.inputs import noise
 
 Arguments = dict[str, Any]
 HEADS: Arguments = {"num_attention_heads": 4, "attention_head_dim": 32}

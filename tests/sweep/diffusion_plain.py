@@ -5,8 +5,8 @@ In: nothing. Out: `PLAIN`, by name. tests/sweep/no_rotation.py has what is speci
 
 from __future__ import annotations
 
+from fxfuse.tiny.inputs import noise
 from tests.sweep.diffusion_inputs import FOUR_CHANNELS, HEADS, Arguments, Diffusion, image
-from tests.sweep.inputs import noise
 
 TWO_LAYERS: Arguments = {**HEADS, **FOUR_CHANNELS, "num_layers": 2}
 

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import torch
 from torch.nn.functional import interpolate
 
+from fxfuse.tiny.inputs import noise
 from tests.sweep.diffusion_inputs import (
     AXES,
     FOUR_CHANNELS,
@@ -22,7 +23,6 @@ from tests.sweep.diffusion_inputs import (
     time,
     video,
 )
-from tests.sweep.inputs import noise
 
 FILE = "diffusers.models.transformers"
 TWO_LAYERS: Arguments = {**HEADS, **FOUR_CHANNELS, "num_layers": 2}

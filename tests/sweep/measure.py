@@ -23,7 +23,7 @@ from torch._inductor.utils import fresh_cache
 import fxfuse
 from fxfuse.entry import source_tag
 from fxfuse.report import Report
-from tests.sweep.build import Example, example_of
+from tests.sweep.build import Example, example_of, unit_named
 from tests.sweep.residue import Remains, remains_of
 from tests.sweep.results import Run, UnitResult
 from tests.sweep.rotations import attention_calls, rotary_counts
@@ -35,7 +35,6 @@ from tests.sweep.scenarios import (
     scenario_of,
     scenarios_for,
 )
-from tests.sweep.units import unit_named
 
 # Layers are compiled one by one behind a graph break; a model has more of them than Dynamo's limit.
 RECOMPILES = 64

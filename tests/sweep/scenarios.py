@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxfuse.tiny.model import why_no_static_cache
 from tests.models.tiny import CANARY, PROMPT, SLOTS, cache_tensors, relative_error
 from tests.sweep.build import Example
 
@@ -62,7 +63,7 @@ def scenario_of(example: Example, name: str) -> Scenario:
     kind, _, phase = name.partition("_")
 
     def prepare() -> Any:
-        cache = _static_cache(example) if kind == "static" else _new_cache(example, "dynamic")
+        cache = _static_cache(example) if kind == "static" else example.new_cache("dynamic", SLOTS)
         if phase == "decode":
             _run(example.model, example.inputs(PROMPT), cache)
         return cache
@@ -103,35 +104,18 @@ def _run(model: Any, inputs: dict[str, Any], cache: Any) -> Any:
 
 
 def _no_static_cache(example: Example) -> str:
-    if example.own_cache is not None:
-        return f"the model has {example.own_cache.__name__}"
+    if reason := why_no_static_cache(example.model):
+        return reason
     try:
-        _new_cache(example, "static")
+        example.new_cache("static", SLOTS)
     except Exception as error:
         return f"{type(error).__name__}: {error}".splitlines()[0][:200]
     return ""
 
 
-def _new_cache(example: Example, kind: str) -> Any:
-    import transformers
-
-    if example.own_cache is not None:
-        return example.own_cache()
-    config = example.model.config
-    if kind == "static":
-        cache: Any = transformers.StaticCache(config=config, max_cache_len=SLOTS)
-    else:
-        cache = transformers.DynamicCache(config=config)
-    encoded = "encoder_hidden_states" in example.inputs(1)
-    if encoded or getattr(config, "is_encoder_decoder", False):
-        other = transformers.DynamicCache(config=config)
-        return transformers.EncoderDecoderCache(cache, other)
-    return cache
-
-
 def _static_cache(example: Example) -> Any:
     """A StaticCache with its memory allocated and a canary in every slot."""
-    cache = _new_cache(example, "static")
+    cache = example.new_cache("static", SLOTS)
     _run(example.model, example.inputs(PROMPT), cache)
     cache.reset()
     for layer in _own(cache).layers:

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.models.tiny import BATCH, PROMPT
-from tests.sweep.sizes import VOCAB, WIDTH
+from fxfuse.tiny.sizes import VOCAB, WIDTH
+
+BATCH, PROMPT = 2, 7
 
 Inputs = dict[str, Any]
 ENCODED = 5  # tokens that an encoder is said to have made
@@ -151,7 +152,7 @@ def _image_patches(config: Any, _: int) -> Inputs:
 
 
 def _frame_pairs(config: Any, _: int) -> Inputs:
-    channels = getattr(config, "num_channels", None) or getattr(config, "in_channels", 3)
+    channels: Any = getattr(config, "num_channels", None) or getattr(config, "in_channels", 3)
     row = 2 * channels * only(config.patch_size) ** 2
     return {"pixel_values": noise(PATCHES, row), "grid_thw": two_images()}
 

@@ -1,9 +1,9 @@
-"""Which models the sweep runs: each class of the two libraries whose file has rotary embeddings.
+"""Which models there are: each class of transformers whose file has rotary embeddings.
 
-In: the installed transformers and diffusers. Out: `Unit`s by name. A unit is one model class of one
-rotary modeling file with a config class of its own: `qwen3` is the causal model of that file,
+In: the installed transformers. Out: `Unit`s by name. A unit is one model class of one rotary
+modeling file with a config class of its own: `qwen3` is the causal model of that file,
 `qwen3_vl.text` and `qwen3_vl.vision` are two towers. A `whole` unit (`qwen3_vl.full`) is put
-together from others, so it runs only when it is named.
+together from others.
 """
 
 from __future__ import annotations
@@ -114,15 +114,6 @@ def transformers_units(archs: Iterable[str] | None = None) -> dict[str, Unit]:
     """Every unit of transformers, or of the folders named: causal models, text towers, the rest."""
     found = [u for arch in archs or architectures() for u in units_of(arch).values()]
     return {u.name: u for u in sorted(found, key=_order)}
-
-
-def unit_named(name: str) -> Unit:
-    """One unit by its full name; a name that starts with `diffusers/` is one of that library."""
-    if name.startswith("diffusers/"):
-        from tests.sweep.diffusion import diffusers_units
-
-        return diffusers_units()[name]
-    return units_of(name.partition(".")[0])[name]
 
 
 def _order(unit: Unit) -> tuple[bool, int]:

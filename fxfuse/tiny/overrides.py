@@ -1,4 +1,4 @@
-"""What the rules of tests/sweep/sizes.py cannot know about a unit's config.
+"""What the rules of sizes.py cannot know about a unit's config.
 
 In: nothing. Out: `OVERRIDES`, config fields by unit. Sections of multi-axis rotary embeddings must
 add up to half of the rotary width of the tiny head.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.sweep.sizes import HEAD_DIM, HEADS, KV_HEADS, UNSET, VOCAB, WIDTH
+from fxfuse.tiny.sizes import HEAD_DIM, HEADS, KV_HEADS, UNSET, VOCAB, WIDTH
 
 HALF = HEAD_DIM // 2
 

@@ -1,6 +1,6 @@
 """A tiny config of any config class: the rules that need no knowledge of the model.
 
-In: a config class and a unit's own values (tests/sweep/overrides.py). Out: keyword arguments. Sizes
+In: a config class and a unit's own values (overrides.py). Out: keyword arguments. Sizes
 shrink by the name of their field, and of layers that differ one of each kind is kept.
 """
 
@@ -255,5 +255,6 @@ def _small_entries(name: str, values: list[Any]) -> list[Any]:
 
 def _small_image(sizes: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
     patch, image = sizes.get("patch_size", fields.get("patch_size")), fields.get("image_size")
-    large = type(patch) is int and type(image) is int and image > 4 * patch
-    return {"image_size": 4 * patch} if large else {}
+    if type(patch) is not int or type(image) is not int or image <= 4 * patch:
+        return {}
+    return {"image_size": 4 * patch}
