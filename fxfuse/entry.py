@@ -90,7 +90,7 @@ class Backend:
         return f"fxfuse.Backend({', '.join(f'{k}={v!r}' for k, v in changed.items())})"
 
 
-class _Fresh(Backend):
+class Fresh(Backend):
     """A backend equal to no other, so that what it compiles is compiled anew."""
 
     __hash__ = object.__hash__
@@ -135,7 +135,7 @@ def explain(
     report = Report()
     collecting = _state.collecting = [*getattr(_state, "collecting", ()), report]
     try:
-        compiled: Any = torch.compile(model, backend=_Fresh(compiler=compiler), mode=mode)
+        compiled: Any = torch.compile(model, backend=Fresh(compiler=compiler), mode=mode)
         compiled(*args, **kwargs)
     finally:
         collecting.remove(report)

@@ -2,10 +2,12 @@
 JSON.
 """
 
+import contextlib
 import dataclasses
 import json
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 from fxfuse.lowering.providers import Choice
@@ -195,6 +197,20 @@ def fused_of(site: Site, choice: Choice, gain: float | None = None) -> Fused:
 _lock = threading.Lock()
 _counts: Counter[str] = Counter({"attention": 0, "store": 0, "norm": 0})
 _last: Report | None = None
+_collecting: list[Report] = []
+
+
+@contextlib.contextmanager
+def collected() -> Iterator[Report]:
+    """One report of all that this process compiles inside, in whichever thread."""
+    report = Report()
+    with _lock:
+        _collecting.append(report)
+    try:
+        yield report
+    finally:
+        with _lock:
+            _collecting[:] = [other for other in _collecting if other is not report]
 
 
 def publish(report: Report) -> None:
@@ -202,6 +218,8 @@ def publish(report: Report) -> None:
     global _last
     with _lock:
         _last = report
+        for whole in _collecting:
+            whole.add(report)
         _counts.update(f.kind for f in report.fused)
         records = [f.record for f in report.fused]
         _counts["store"] += sum(isinstance(r, Record) and r.store is not None for r in records)

@@ -140,6 +140,14 @@ def _tagged(tag: str) -> Iterator[None]:
         yield
 
 
+def default_backend() -> Any:
+    """What torch.compile takes where no backend is named."""
+    from torch._dynamo.backends import registry
+
+    get = getattr(registry, "get_default_backend", None)
+    return "inductor" if get is None else get()
+
+
 def compile_with(name: str, gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
     """torch's own eager or aot_eager backend."""
     from torch._dynamo.backends.registry import lookup_backend
