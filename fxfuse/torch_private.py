@@ -101,6 +101,28 @@ def keeps_rounding_points() -> bool:
     return bool(inductor_config.emulate_precision_casts)
 
 
+def inductor_passes() -> dict[str, Any]:
+    """The passes that are entered into Inductor's config, by the names of its fields."""
+    config: Any = importlib.import_module("torch._inductor.config")
+    names = [n for n in config._config if "custom" in n and n.endswith(("_pass", "_passes"))]
+    return {name: found for name in names if (found := getattr(config, name, None))}
+
+
+def inductor_cache_folder() -> str:
+    """Where Inductor keeps what it compiled; the folder is made."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return str(cache_dir())
+
+
+def empty_caches() -> contextlib.AbstractContextManager[Any]:
+    """Inside, Inductor's caches are empty, in a folder that goes away with the end."""
+    from torch._inductor.utils import fresh_cache
+
+    caches: contextlib.AbstractContextManager[Any] = fresh_cache()
+    return caches
+
+
 def compile_with_inductor(
     gm: fx.GraphModule,
     example_inputs: list[Any],

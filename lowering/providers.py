@@ -211,6 +211,11 @@ def failures() -> int:
     return len(_failed)
 
 
+def failure_of(provider: Provider) -> str | None:
+    """What a provider raised, so that it is asked no more; None where it did not."""
+    return _failed.get(provider)
+
+
 def table_tag() -> str:
     """The table as text, for the keys of Inductor's caches."""
     return ",".join(f"{p.name}:{p.version}:{p in _failed}" for p in PROVIDERS)
@@ -248,6 +253,19 @@ def _reason(provider: Provider, device_type: str, facts: Facts) -> str | None:
     except Exception as error:
         drop(provider, "declining", error)
         return _failed[provider]
+
+
+@contextlib.contextmanager
+def asked_first(provider: Provider) -> Iterator[None]:
+    """Inside, a provider of the table is asked before all others."""
+    with _lock:
+        before = list(PROVIDERS)
+        PROVIDERS[:] = [provider, *(p for p in before if p is not provider)]
+    try:
+        yield
+    finally:
+        with _lock:
+            PROVIDERS.sort(key=before.index)
 
 
 # The arguments whose dtypes are facts.

@@ -1,0 +1,89 @@
+"""Whether each provider's code is right on this machine: a small site of each, compiled by Inductor
+with empty caches and compared with float64.
+
+In: a device. Out: a Result for each provider of the table; one that is not for the device, or not
+installed, says so and is not wrong.
+"""
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from fxfuse import torch_private
+from fxfuse.bench import check, recipes
+from fxfuse.bench.recipes import Case
+from fxfuse.entry import Fresh
+from fxfuse.lowering import providers
+from fxfuse.lowering.providers import Provider
+from fxfuse.report import Report, collected
+from fxfuse.tools.reading import Reading
+
+# The recipe whose chain becomes an op; the first that a provider knows is its test.
+RECIPES = {"norm_rope_store_": "prelude", "norm_rope": "qk_norm", "add_rms_norm": "add_norm"}
+TOKENS, HEADS, KV_HEADS, HIDDEN = 5, 4, 2, 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What came of one provider. Errors are relative, against float64."""
+
+    provider: str
+    op: str
+    wrong: bool
+    told: str
+
+    def __str__(self) -> str:
+        return f"{self.provider:12s} {self.op:17s} {self.told}"
+
+
+def results(device: str) -> Iterator[Result]:
+    """One after the other, in the order in which the providers are asked."""
+    for provider in list(providers.PROVIDERS):
+        op = next(op for op in RECIPES if op in provider.ops)
+        with providers.asked_first(provider), torch.no_grad():
+            try:
+                wrong, told = _tested(provider, _case(RECIPES[op], device), device)
+            except Exception as error:
+                wrong, told = True, f"FAILED: {type(error).__name__}: {error}".splitlines()[0]
+        yield Result(provider.name, op, wrong, told)
+
+
+def _case(recipe: str, device: str) -> Case:
+    case = recipes.cases(recipe, device, [TOKENS])[0]
+    shape = dataclasses.replace(case.shape, heads=HEADS, kv_heads=KV_HEADS, hidden=HIDDEN)
+    return dataclasses.replace(case, shape=shape)
+
+
+def _tested(provider: Provider, case: Case, device: str) -> tuple[bool, str]:
+    chain, inputs = recipes.chain(case, device), recipes.draw(case, device, 0)
+    if reason := _not_taken(provider, _report(chain, inputs.args, Reading(gate="always"))):
+        return False, f"not asked here: {reason}"
+    wanted = check.truth(chain, inputs)
+    start = time.perf_counter()
+    compiled: Any = torch.compile(chain, backend=Fresh(gate="always"), dynamic=False)
+    with torch_private.empty_caches(), collected() as report:
+        error, wrong = check.check(compiled, inputs, wanted, in_place=False)
+    if wrong := providers.failure_of(provider) or _not_taken(provider, report) or wrong:
+        return True, f"WRONG: {wrong}"
+    seconds = time.perf_counter() - start
+    return False, f"right: error {error:.1e}, eager's {wanted.eager_error:.1e} ({seconds:.1f} s)"
+
+
+def _report(chain: Any, args: tuple[Any, ...], backend: Fresh) -> Report:
+    compiled: Any = torch.compile(chain, backend=backend, dynamic=False)
+    with collected() as report:
+        compiled(*(x.clone() for x in args))
+    return report
+
+
+def _not_taken(provider: Provider, report: Report) -> str:
+    """Why the one site of a report is not a provider's."""
+    if len(report.fused) != 1:
+        return f"{len(report.fused)} sites were fused where one was wanted: {report}"
+    (site,) = report.fused
+    if site.provider == provider.name:
+        return ""
+    return dict(site.declined).get(provider.name, f"{site.provider} took it")
