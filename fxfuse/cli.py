@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from fxfuse.bench import command as bench
 from fxfuse.bench import tune
 from fxfuse.settings import FxfuseError
-from fxfuse.tools import doctor, explain
+from fxfuse.tools import doctor, draw, explain
 
 # Each enters its subcommand, with its `run`, into a parser.
-COMMANDS = (explain, doctor, bench, tune)
+COMMANDS = (explain, draw, doctor, bench, tune)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
