@@ -12,7 +12,7 @@ from fxfuse.entry import Backend, backend, explain
 from fxfuse.lowering.providers import register_provider
 from fxfuse.patterns.registered import register_store
 from fxfuse.report import Report, counts, last_report
-from fxfuse.settings import FxfuseError
+from fxfuse.settings import FxfuseError, disabled
 
 __all__ = [
     "Backend",
@@ -20,6 +20,7 @@ __all__ = [
     "Report",
     "backend",
     "counts",
+    "disabled",
     "explain",
     "last_report",
     "register_provider",

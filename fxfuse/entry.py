@@ -16,7 +16,7 @@ from fxfuse import torch_private
 from fxfuse.lowering import providers
 from fxfuse.passes import fuse_graph
 from fxfuse.report import Report, publish
-from fxfuse.settings import Settings
+from fxfuse.settings import Settings, is_disabled
 
 _state = threading.local()
 
@@ -28,11 +28,14 @@ class Backend:
         model = torch.compile(model, backend=fxfuse.Backend(strict=True))
 
     Keywords are those of `Settings`. Backends compare and hash by their settings, so that a new
-    instance with equal settings compiles nothing anew.
+    instance with equal settings compiles nothing anew. One that compiled something inside
+    `fxfuse.disabled()` is equal to none any more, nor is any inside it: what is fused and what is
+    not must not run in each other's place.
     """
 
     def __init__(self, **settings: Any) -> None:
         self.settings = Settings(**settings)
+        self.was_disabled = False
         self.__name__ = "fxfuse"
 
     def __call__(
@@ -44,6 +47,7 @@ class Backend:
         options: dict[str, Any] | None = None,
     ) -> Any:
         """Compile one Dynamo graph. mode and options are Inductor's."""
+        self.was_disabled |= is_disabled()
         while True:
             fused, report = fuse_graph(gm, self.settings)
             start, failures = time.perf_counter(), providers.failures()
@@ -76,7 +80,11 @@ class Backend:
             torch_private.reset_inductor()
 
     def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and self.settings == other.settings
+        return (
+            type(other) is type(self)
+            and self.settings == other.settings
+            and not (self.was_disabled or other.was_disabled or is_disabled())
+        )
 
     def __hash__(self) -> int:
         return hash(self.settings)

@@ -20,7 +20,7 @@ from fxfuse.patterns.site import AnyRecord, Decoded, Gate, GroupedSite, NormSite
 from fxfuse.patterns.value import Kind
 from fxfuse.report import Report, fused_group, fused_norm, fused_of
 from fxfuse.rewrite import rewrite
-from fxfuse.settings import FxfuseError, Settings
+from fxfuse.settings import FxfuseError, Settings, is_disabled
 from fxfuse.slots import Slot
 from fxfuse.torch_private import keeps_rounding_points, source_name
 
@@ -130,6 +130,8 @@ def _gain(site: Site | GroupedSite, settings: Settings) -> float | None:
 
 
 def _reason_to_leave(settings: Settings) -> str:
+    if is_disabled():
+        return "nothing is fused: compiled inside fxfuse.disabled()"
     if "attention" in settings.disable:
         return "disabled by settings"
     if settings.numerics == "graph" or keeps_rounding_points():

@@ -1,7 +1,10 @@
 """Settings of a Backend: one frozen dataclass, compared and hashed by value."""
 
+import contextlib
+import contextvars
 import dataclasses
 import os
+from collections.abc import Iterator
 from typing import Literal
 
 Compiler = Literal["inductor", "aot_eager", "eager"]
@@ -48,6 +51,36 @@ class Settings:
     def checks_sites(self) -> bool:
         """Whether debug mode is on, here or in the environment."""
         return self.debug or os.environ.get("FXFUSE_DEBUG", "0") not in ("", "0")
+
+
+_disabled = contextvars.ContextVar("_disabled", default=False)
+
+
+@contextlib.contextmanager
+def disabled() -> Iterator[None]:
+    """What this thread compiles inside is handed to the compiler as it came.
+
+    Example:
+        fused, plain = (torch.compile(model, backend=fxfuse.backend) for _ in range(2))
+        fused(x)
+        with fxfuse.disabled():
+            plain(x)
+
+    What counts is where a call is compiled, which is the first one of its shapes: what was compiled
+    before runs on as it was compiled. So a comparison in one process takes two torch.compile
+    objects, and each keeps what it is afterwards. (torch shares compiled code between the objects
+    of one model and equal backends; a backend that compiled something inside shares no more.)
+    """
+    token = _disabled.set(True)
+    try:
+        yield
+    finally:
+        _disabled.reset(token)
+
+
+def is_disabled() -> bool:
+    """Whether this thread is inside `disabled()`."""
+    return _disabled.get()
 
 
 def _check(name: str, got: str, wanted: tuple[str, ...]) -> None:
