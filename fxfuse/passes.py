@@ -55,7 +55,7 @@ def fuse_graph(gm: fx.GraphModule, settings: Settings) -> tuple[fx.GraphModule, 
     if settings.strict and refused:
         raise FxfuseError(
             "fxfuse: strict=True and a rotation was not fused:\n"
-            + "\n".join(f"  {r}" for r in refused)
+            + "\n".join(f"  {r.explained('  ')}" for r in refused)
             + "\nfuse it by changing the model's spelling there, or compile with strict=False"
         )
     return fused, report

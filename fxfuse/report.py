@@ -85,8 +85,8 @@ class Report:
         for (op, provider, reason), count in asked.items():
             if not reason.startswith("not for "):
                 lines.append(f"  declined {count} × {op} by {provider}: {reason}")
-        for refusal, count in Counter(map(str, self.refused)).items():
-            lines.append(f"  refused {count} × {refusal}")
+        for text, count in Counter(r.explained("    ") for r in self.refused).items():
+            lines.append(f"  refused {count} × {text}")
         for (kind, reason), count in Counter((x.kind, x.reason) for x in self.left).items():
             lines.append(f"  left {count} × {KINDS.get(kind, kind)}: {reason}")
         lines += [f"  note: {note}" for note in self.notes]

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from fxfuse.patterns.access import Refused
+from fxfuse.patterns.advice import BEFORE
 from fxfuse.patterns.attention import Reader, statistic_in
 from fxfuse.patterns.cut import cuts
 from fxfuse.patterns.decode import decode, is_rotated
@@ -115,7 +116,7 @@ class Frontier:
                 log.warning("fxfuse: an error of fxfuse, %s is left alone", name, exc_info=True)
                 reason = f"an error of fxfuse: {type(error).__name__}: {error}"
             if stage != "norm" and self._accept_part(call, slot):
-                stage, reason = "cut", f"what comes before the rotation: {reason}"
+                stage, reason = "cut", f"{BEFORE}{reason}"
             self.refused[slot] = (stage, reason)
 
     def _accept_part(self, call: Call, slot: Slot) -> bool:

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import fx
 
+from fxfuse.patterns.advice import advice_for
 from fxfuse.patterns.record import AddNorm, Cast, GroupedHeads, Record, Stream
 from fxfuse.patterns.value import Leaf, Size, Value, product
 from fxfuse.slots import Call, Scalar, Slot
@@ -66,15 +67,29 @@ class Decoded:
 
 @dataclasses.dataclass(frozen=True)
 class Refusal:
-    """Why something that looks like the target was left alone, or left out of a site."""
+    """Why something that looks like the target was left alone, or left out of a site: what was
+    found where in the model's source; what was wanted in its place and what to do are the reason's
+    own, see `advice`.
+    """
 
     stage: str
     node: str
     reason: str
     where: str
+    wanted: str = ""
+    do: str = ""
+
+    def __post_init__(self) -> None:
+        advice = advice_for(self.reason)
+        object.__setattr__(self, "wanted", self.wanted or advice.wanted)
+        object.__setattr__(self, "do", self.do or advice.do)
 
     def __str__(self) -> str:
         return f"{self.stage}: {self.reason} (node {self.node}, {self.where})"
+
+    def explained(self, indent: str = "") -> str:
+        """All of it, in three lines."""
+        return f"{self}\n{indent}  wanted: {self.wanted}\n{indent}  to do: {self.do}"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
