@@ -34,6 +34,17 @@ ADVICE = (
         "compile with dynamic=False, or mark the axis static; please report it if it is",
     ),
     Advice(
+        (
+            "heads are repeated", "are repeated differently", "is repeated, and",
+            "heads that are repeated", "^repeated heads", "after they were repeated",
+            "grouped heads", "sdpa_kernel",
+        ),
+        "k and v of scaled_dot_product_attention repeated alike, each head n times in a row, by "
+        "views and copies alone",
+        "repeat them right in front of attention (repeat_interleave, expand and reshape), or give "
+        "it enable_gqa=True",
+    ),
+    Advice(
         ("grows by cat",),
         "a cache that is written in place: index_copy_, cache[slots] = k, a copy into a slice",
         "use a static cache (generate: cache_implementation='static'); all before the store is "

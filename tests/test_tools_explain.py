@@ -66,12 +66,12 @@ def stages(data: dict[str, Any]) -> list[str]:
 
 def test_a_class_is_built_tiny(capsys: pytest.CaptureFixture[str]) -> None:
     data = told(capsys, "Qwen3")
-    assert stages(data) == ["rms_norm + rope + store(k,v)"] * 2
+    assert stages(data) == ["rms_norm + rope + store(k,v)"] * 2 + ["grouped_heads"] * 2
     assert data["what"] == (
         "Qwen3ForCausalLM, tiny, random weights, 2 layers, float32, cpu, "
         "static cache of 33 slots, 1 token"
     )
-    assert {site["provider"] for site in data["fused"]} == {"loops"}
+    assert [site["provider"] for site in data["fused"]] == ["loops"] * 2 + ["torch"] * 2
     assert "compile" not in data["milliseconds"]
 
 
@@ -130,7 +130,8 @@ def test_a_config_is_built_as_large_as_it_says(
     whole = given(str(folder), "--random-weights")
     assert whole.name == "Qwen3ForCausalLM, 3 layers, float32, cpu"
     cut = told(capsys, folder / "config.json", "--random-weights", "--layers", "1")
-    assert len(cut["fused"]) == 1 and "Qwen3ForCausalLM, 1 layers" in cut["what"]
+    assert [site["kind"] for site in cut["fused"]] == ["attention", "grouped_heads"]
+    assert "Qwen3ForCausalLM, 1 layers" in cut["what"]
 
 
 def test_weights_are_loaded_where_they_are(folder: Path) -> None:

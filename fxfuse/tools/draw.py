@@ -68,8 +68,9 @@ class Seeing(Fresh):
         options: dict[str, Any] | None = None,
     ) -> Any:
         fused, report = fuse_graph(gm, self.settings)
-        if self.report is None and report.fused:
-            sites = sorted(report.fused, key=lambda site: site.kind != "attention")
+        sites = [site for site in report.fused if site.op.startswith("fxfuse::")]
+        if self.report is None and sites:
+            sites.sort(key=lambda site: site.kind != "attention")
             self.layers, self.report = layers_of(gm, fused, sites[0]), report
         return fused.forward
 
