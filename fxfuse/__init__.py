@@ -9,6 +9,7 @@ was fused in a model and why the rest was not.
 """
 
 from fxfuse.entry import Backend, backend, explain
+from fxfuse.exported import fuse
 from fxfuse.lowering.providers import register_provider
 from fxfuse.patterns.registered import register_store
 from fxfuse.report import Report, counts, last_report
@@ -22,6 +23,7 @@ __all__ = [
     "counts",
     "disabled",
     "explain",
+    "fuse",
     "last_report",
     "register_provider",
     "register_store",

@@ -58,6 +58,11 @@ def _whole() -> dict[Any, Any]:
 
 
 WHOLE = _whole()
+# As exported programs have them; aten.embedding and aten.einsum have their arguments in an order of
+# their own.
+WHOLE |= {
+    op: op for op in WHOLE.values() if op not in (aten.embedding.default, aten.einsum.default)
+}
 
 
 class _Lens:
@@ -245,7 +250,13 @@ class _Lens:
         return map_aggregate(template.result, slot)
 
 
-_METADATA = frozenset({"size", "stride", "storage_offset", "numel", "dim", "ndimension", getattr})
+_METADATA = frozenset(
+    {
+        *("size", "stride", "storage_offset", "numel", "dim", "ndimension", getattr),
+        *(aten.sym_size.int, aten.sym_stride.int, aten.sym_numel.default),
+        aten.sym_storage_offset.default,
+    }
+)
 _AUTOCAST = (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)
 
 

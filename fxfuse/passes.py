@@ -4,8 +4,9 @@ error of ours.
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeAlias
 
 import torch
 from torch import fx
@@ -26,19 +27,22 @@ from fxfuse.torch_private import keeps_rounding_points, source_name
 
 log = logging.getLogger(__name__)
 _warned: set[str] = set()
+KindOf: TypeAlias = Callable[[fx.Node], Kind]
 
 # Stages whose refusal leaves a rotation fused, or is about none.
 NO_ROTATION = ("store", "cut", "norm", "grouped_heads")
 
 
-def fuse_graph(gm: fx.GraphModule, settings: Settings) -> tuple[fx.GraphModule, Report]:
+def fuse_graph(
+    gm: fx.GraphModule, settings: Settings, kinds: KindOf | None = None
+) -> tuple[fx.GraphModule, Report]:
     """The graph with its sites fused, and the report. A graph that cannot be read comes back as it
-    is.
+    is. `kinds` says what an input holds where the graph is not Dynamo's.
     """
     report = Report(graphs=1)
     try:
         with _timed(report, "fxfuse"):
-            fused = _fuse(gm, settings, report)
+            fused = _fuse(gm, settings, report, kinds or kind_of)
             if settings.checks_sites():
                 fused = _watched(fused)
     except FxfuseError:
@@ -61,7 +65,7 @@ def fuse_graph(gm: fx.GraphModule, settings: Settings) -> tuple[fx.GraphModule, 
     return fused, report
 
 
-def _fuse(gm: fx.GraphModule, settings: Settings, report: Report) -> fx.GraphModule:
+def _fuse(gm: fx.GraphModule, settings: Settings, report: Report, kinds: KindOf) -> fx.GraphModule:
     if reason := _reason_to_leave(settings):
         report.notes.append(reason)
         return gm
@@ -72,7 +76,7 @@ def _fuse(gm: fx.GraphModule, settings: Settings, report: Report) -> fx.GraphMod
         if not training and (functional := without_own_writes(gm, view)) is not None:
             gm, view = functional, look(functional)
     with _timed(report, "read"):
-        reading = read(view, placeholder_kinds(gm))
+        reading = read(view, placeholder_kinds(gm, kinds))
     with _timed(report, "plan"):
         planned = plan(
             reading,
@@ -182,14 +186,15 @@ def _norm_provider(site: NormSite, settings: Settings) -> Choice:
     return _choice(Facts(site.record, (), None, shape, dtypes, slot.device), settings)
 
 
-def placeholder_kinds(gm: fx.GraphModule) -> dict[fx.Node, Kind]:
-    """What each input of the graph holds: a parameter, data, or a table: positions, whatever a
+def placeholder_kinds(gm: fx.GraphModule, kinds: KindOf) -> dict[fx.Node, Kind]:
+    """What each input of the graph holds."""
+    return {n: kinds(n) for n in gm.graph.nodes if n.op in ("placeholder", "get_attr")}
+
+
+def kind_of(node: fx.Node) -> Kind:
+    """What an input of Dynamo's graph holds: a parameter, data, or a table: positions, whatever a
     module keeps, and complex numbers, which are taken for turns.
     """
-    return {n: _kind(n) for n in gm.graph.nodes if n.op in ("placeholder", "get_attr")}
-
-
-def _kind(node: fx.Node) -> Kind:
     example = node.meta.get("example_value")
     if isinstance(example, torch.nn.Parameter):
         return Kind.WEIGHT

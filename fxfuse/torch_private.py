@@ -5,13 +5,16 @@ Tried on torch 2.11 and 2.13. The lowering side has its own such module, fxfuse.
 
 import contextlib
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import fx
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.passes.infra.pass_base import PassResult
 
 
 def fake_mode_of(gm: fx.GraphModule) -> FakeTensorMode:
@@ -43,6 +46,18 @@ def with_graph(gm: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
     for name, attribute in gm.__dict__.items():
         module.__dict__.setdefault(name, attribute)
     return module
+
+
+def program_with(program: ExportedProgram, gm: fx.GraphModule) -> ExportedProgram:
+    """The program over another graph of the same inputs and outputs; torch verifies it."""
+    return program._transform_do_not_use(lambda _: PassResult(gm, True))
+
+
+def overload_of(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> OpOverload:
+    """The ATen op that a method call is, by its schemas."""
+    overload = torch._C._jit_resolve_packet(f"aten::{name}", *args, **kwargs)
+    found: OpOverload = getattr(getattr(torch.ops.aten, name), overload)
+    return found
 
 
 @contextlib.contextmanager

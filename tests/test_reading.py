@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_flatten
 
 from fxfuse.lens import look
-from fxfuse.passes import placeholder_kinds
+from fxfuse.passes import kind_of, placeholder_kinds
 from fxfuse.patterns.evaluate import evaluate
 from fxfuse.patterns.read import Reading, read
 from fxfuse.patterns.value import MAX_EXPLICIT, MAX_FACTORS, MAX_TERMS, Leaf
@@ -77,7 +77,7 @@ def _known(reading: Reading, tensors: dict[Slot, Tensor], value: Any) -> dict[Le
 
 def wrong_values(gm: fx.GraphModule, inputs: Any) -> tuple[int, list[str]]:
     """How many values that are not their own leaf were evaluated, and which of them are wrong."""
-    reading = read(look(gm), placeholder_kinds(gm))
+    reading = read(look(gm), placeholder_kinds(gm, kind_of))
     runner = _Recording(gm, reading)
     runner.run(*[x.clone() if isinstance(x, Tensor) else x for x in inputs])
     checked, wrong = 0, []
@@ -237,7 +237,7 @@ def reading_of(run: Any, x: Tensor) -> Reading:
     seen: list[Reading] = []
 
     def backend(gm: fx.GraphModule, inputs: Any) -> Any:
-        seen.append(read(look(gm), placeholder_kinds(gm)))
+        seen.append(read(look(gm), placeholder_kinds(gm, kind_of)))
         return gm
 
     torch.compile(run, backend=backend)(x)
