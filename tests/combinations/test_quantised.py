@@ -1,0 +1,110 @@
+"""Quantised weights: torchao's tensors and modules that keep integers; sites fuse as without."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fxfuse
+from tests.models.families import FAMILIES
+from tests.models.tiny import assert_close, build, relative_error, token_ids
+
+IDS = token_ids(7)
+SITES = FAMILIES["qwen3"].rotary
+
+
+class Int8Linear(nn.Module):
+    """As bitsandbytes keeps a layer: integers and a scale a row, widened where they are used."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        scale = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+        self.register_buffer("scale", scale)
+        self.register_buffer("weight", (linear.weight.detach() / scale).round().to(torch.int8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype) * self.scale.to(x.dtype))
+
+
+@torch.library.custom_op("fxfuse_tests::int8_linear", mutates_args=())
+def int8_linear(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    return F.linear(x, weight.to(x.dtype)) * scale.flatten().to(x.dtype)
+
+
+@int8_linear.register_fake
+def _(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+class OpaqueInt8Linear(Int8Linear):
+    """The same by a kernel of its own, which no compiler looks into."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return int8_linear(x, self.weight, self.scale)
+
+
+def replaced(kind: type[Int8Linear]) -> Callable[[nn.Module], None]:
+    def replace(model: nn.Module) -> None:
+        for module in list(model.modules()):
+            for name, child in list(module.named_children()):
+                if isinstance(child, nn.Linear) and name != "lm_head":
+                    setattr(module, name, kind(child))
+
+    return replace
+
+
+def by_torchao(make: Callable[[], Any]) -> Callable[[nn.Module], None]:
+    def quantise(model: nn.Module) -> None:
+        quantization = pytest.importorskip(
+            "torchao.quantization", reason="torchao is not installed"
+        )
+        quantization.quantize_(model, make())
+
+    return quantise
+
+
+def int8_weights() -> Any:
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    return Int8WeightOnlyConfig(set_inductor_config=False)
+
+
+def int4_weights() -> Any:
+    from torchao.quantization import IntxWeightOnlyConfig, PerGroup
+
+    return IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))
+
+
+WEIGHTS = {
+    "widened": replaced(Int8Linear),
+    "by a kernel": replaced(OpaqueInt8Linear),
+    "torchao int8": by_torchao(int8_weights),
+    "torchao int4": by_torchao(int4_weights),
+}
+
+
+@pytest.mark.parametrize(
+    "compiler",
+    [
+        pytest.param("eager", marks=pytest.mark.null),
+        pytest.param("inductor", marks=[pytest.mark.cpu, pytest.mark.long]),
+    ],
+)
+@pytest.mark.parametrize("name", WEIGHTS)
+@torch.no_grad()
+def test_quantised_weights(name: str, compiler: str) -> None:
+    model = build(FAMILIES["qwen3"])
+    plain = model(IDS, use_cache=False).logits
+    WEIGHTS[name](model)
+    want = model(IDS, use_cache=False).logits
+    assert relative_error(want, plain) > 1e-3
+    before = fxfuse.counts()["attention"]
+    run = torch.compile(model, backend=fxfuse.Backend(compiler=compiler, strict=True))
+    got = run(IDS, use_cache=False).logits
+    assert fxfuse.counts()["attention"] - before == SITES
+    assert_close(got, want, name)
