@@ -11,6 +11,7 @@ from typing import TypeAlias
 import torch
 from torch import fx
 
+from fxfuse.checkpointed import checkpointed, with_bodies
 from fxfuse.functional import without_own_writes
 from fxfuse.lens import look
 from fxfuse.lowering import gate, targets  # noqa: F401  targets enters our own providers
@@ -66,6 +67,7 @@ def fuse_graph(
 
 
 def _fuse(gm: fx.GraphModule, settings: Settings, report: Report, kinds: KindOf) -> fx.GraphModule:
+    """The graph with its sites fused, or the graph itself; so for its checkpointed bodies."""
     if reason := _reason_to_leave(settings):
         report.notes.append(reason)
         return gm
@@ -93,16 +95,21 @@ def _fuse(gm: fx.GraphModule, settings: Settings, report: Report, kinds: KindOf)
             "gradients are needed: norm and RoPE are fused with their gradients, cache writes stay "
             "the model's; for inference compile under torch.no_grad()"
         )
-    if not (planned.sites or planned.norms or planned.groups):
-        return given
-    with _timed(report, "rewrite"):
-        fused = rewrite(gm, view, planned)
-    report.fused += [
-        fused_of(site, _provider(site, settings), _gain(site, settings)) for site in planned.sites
-    ]
-    report.fused += [fused_norm(site, _norm_provider(site, settings)) for site in planned.norms]
-    report.fused += [fused_group(site, _gain(site, settings)) for site in planned.groups]
-    return fused
+    fused = given
+    if planned.sites or planned.norms or planned.groups:
+        with _timed(report, "rewrite"):
+            fused = rewrite(gm, view, planned)
+        report.fused += [
+            fused_of(x, _provider(x, settings), _gain(x, settings)) for x in planned.sites
+        ]
+        report.fused += [fused_norm(x, _norm_provider(x, settings)) for x in planned.norms]
+        report.fused += [fused_group(x, _gain(x, settings)) for x in planned.groups]
+    bodies = {}
+    for name, body, its_kinds in checkpointed(gm, reading):
+        new = _fuse(body, settings, report, its_kinds)
+        if new is not body:
+            bodies[name] = new
+    return with_bodies(fused, bodies) if bodies else fused
 
 
 def _watched(gm: fx.GraphModule) -> fx.GraphModule:
