@@ -5,7 +5,7 @@ lens reads Dynamo's graphs, so a copy of the program's graph is given what Dynam
 nodes; what the rewrite adds is written in ATen again.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -20,6 +20,7 @@ from fxfuse.settings import Settings
 from fxfuse.torch_private import copy_graph, overload_of, program_with, with_graph
 
 aten = torch.ops.aten
+REGION = torch.ops.higher_order.wrap_with_set_grad_enabled
 
 # What a program's own tensors hold; an input of the user's is a table where it holds integers.
 KINDS = {
@@ -38,15 +39,22 @@ def fuse(program: ExportedProgram, **settings: Any) -> ExportedProgram:
             program = fxfuse.fuse(program)
         torch._inductor.aoti_compile_and_package(program, package_path="model.pt2")
 
-    The package runs where fxfuse is not installed. Keywords are those of `Settings`; the report is
-    `last_report()`. The program may be saved, run and exported further as any other; where it is
-    not compiled, its fused ops need `import fxfuse`.
+    The package runs where fxfuse is not installed. Under torch.no_grad() the program is taken for
+    inference; else norm and RoPE keep their gradients, stores stay the program's, and regions
+    without gradients, where transformers makes its tables, are not read. Keywords are those of
+    `Settings`; the report is `last_report()`. The program may be saved, run and exported further as
+    any other; where it is not compiled, its fused ops need `import fxfuse`.
 
     Mutates: nothing; a program with nothing to fuse comes back as it is.
     Errors: FxfuseError for a wrong setting, or a refusal under strict=True.
     """
     chosen, kinds = Settings(**settings), _kinds(program)
-    fused, report = fuse_graph(_as_dynamos(program), chosen, lambda node: kinds[node.name])
+    given = _as_dynamos(program)
+    fused, report = fuse_graph(given, chosen, lambda node: kinds[node.name])
+    if given.graph.find_nodes(op="call_function", target=REGION):
+        report.notes.append(
+            "a region of its own grad mode is not read: call fxfuse.fuse under torch.no_grad()"
+        )
     publish(report)
     if not report.fused:
         return program
@@ -78,13 +86,35 @@ def _as_dynamos(program: ExportedProgram) -> fx.GraphModule:
     Checks of metadata that the graph's own metadata shows to hold are left out: they would read
     what a site computes no more.
     """
-    graph, nodes = copy_graph(program.graph)
-    for node in nodes.values():
+    graph, _ = copy_graph(program.graph)
+    if not torch.is_grad_enabled():
+        _inline_regions_without_gradients(program.graph_module, graph)
+    for node in graph.nodes:
         if node.target is aten._assert_tensor_metadata.default:
             graph.erase_node(node)
         elif "val" in node.meta:
             node.meta["example_value"] = node.meta["val"]
     return with_graph(program.graph_module, graph)
+
+
+def _inline_regions_without_gradients(gm: fx.GraphModule, graph: fx.Graph) -> None:
+    """`with torch.no_grad()` is a graph of its own in a program that was exported with gradients;
+    transformers has its tables there.
+    """
+    for node in graph.find_nodes(op="call_function", target=REGION):
+        enabled, held, *operands = cast(tuple[Any, ...], node.args)
+        body = getattr(gm, held.target).graph
+        if enabled or body.find_nodes(op="get_attr"):
+            continue
+        given = dict(zip(body.find_nodes(op="placeholder"), operands, strict=True))
+        with graph.inserting_before(node):
+            results = cast(tuple[fx.Node, ...], graph.graph_copy(body, given))
+        for part in list(node.users):
+            part.replace_all_uses_with(results[cast(int, part.args[1])])
+            graph.erase_node(part)
+        graph.erase_node(node)
+        if not held.users:
+            graph.erase_node(held)
 
 
 def _in_aten(gm: fx.GraphModule) -> fx.GraphModule:

@@ -196,6 +196,43 @@ def test_a_model_of_transformers(name: str) -> None:
         assert_close(program.module()(ids), model(ids), name)
 
 
+@pytest.mark.null
+def test_a_model_exported_with_gradients() -> None:
+    """The tables of transformers are made without them, in a region of the program's own."""
+    model, ids = Logits("qwen3"), token_ids(7)
+    program = export(model, (ids,))
+    assert "wrap_with_set_grad_enabled" in str(program.graph)
+    new, report = fused(program)
+    assert len(ops(new)) == len(report.fused) == FAMILIES["qwen3"].rotary
+    with torch.no_grad():
+        assert_close(new.module()(ids), model(ids), "logits")
+    # Where its gradients are asked for, they are the program's.
+    new = fxfuse.fuse(program)
+    report = fxfuse.last_report()
+    assert report is not None and "under torch.no_grad()" in report.notes[-1]
+    want, got = (
+        torch.autograd.grad(p.module()(ids).square().mean(), list(p.module().parameters()))
+        for p in (program, new)
+    )
+    assert_like(list(got), list(want))
+
+
+@pytest.mark.null
+def test_a_region_without_gradients_that_gives_two_results() -> None:
+    class Region(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            with torch.no_grad():
+                first, second = x + 1, x * 2
+            return toy(x + second), first
+
+    toy = Attention(norm=rsqrt)
+    module = Region()
+    module.toy = toy
+    new, report = fused(export(module, (hidden_states(),)))
+    assert len(report.fused) == 1
+    assert_like(new.module()(hidden_states()), module(hidden_states()))
+
+
 # --- AOTInductor -------------------------------------------------------------------------------
 
 
