@@ -66,12 +66,20 @@ def fuse_graph(
     return fused, report
 
 
-def _fuse(gm: fx.GraphModule, settings: Settings, report: Report, kinds: KindOf) -> fx.GraphModule:
-    """The graph with its sites fused, or the graph itself; so for its checkpointed bodies."""
+def _fuse(
+    gm: fx.GraphModule,
+    settings: Settings,
+    report: Report,
+    kinds: KindOf,
+    training: bool = False,
+) -> fx.GraphModule:
+    """The graph with its sites fused, or the graph itself; so for its checkpointed bodies, for
+    which `training` says whether the graph around them needs gradients.
+    """
     if reason := _reason_to_leave(settings):
         report.notes.append(reason)
         return gm
-    training = torch.is_grad_enabled() and any(_requires_grad(n) for n in gm.graph.nodes)
+    training |= torch.is_grad_enabled() and any(_requires_grad(n) for n in gm.graph.nodes)
     given = gm
     with _timed(report, "lens"):
         view = look(gm)
@@ -106,7 +114,7 @@ def _fuse(gm: fx.GraphModule, settings: Settings, report: Report, kinds: KindOf)
         report.fused += [fused_group(x, _gain(x, settings)) for x in planned.groups]
     bodies = {}
     for name, body, its_kinds in checkpointed(gm, reading):
-        new = _fuse(body, settings, report, its_kinds)
+        new = _fuse(body, settings, report, its_kinds, training)
         if new is not body:
             bodies[name] = new
     return with_bodies(fused, bodies) if bodies else fused

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import fxfuse
 from tests.models.families import FAMILIES
 from tests.models.tiny import assert_close, build, relative_error, token_ids
-from tests.spellings import rsqrt
+from tests.spellings import llama, rsqrt
 from tests.toys import Attention, assert_like, hidden_states
 
 IDS = token_ids(7)
@@ -136,3 +136,22 @@ def test_a_step_under_autocast() -> None:
         return max(relative_error(gradients[n], truth[n]) for n in truth)
 
     assert error(got) <= 1.5 * error(eager)
+
+
+@pytest.mark.null
+def test_a_checkpointed_body_that_writes_to_what_it_turned() -> None:
+    """By another name: the rotation reads q as it was before."""
+    q, (cos, sin) = hidden_states(width=16), torch.randn(2, 5, 16)
+
+    def body(q: Tensor, y: Tensor) -> Tensor:
+        turned = llama(q, cos, sin)
+        y.mul_(2)
+        return turned.exp()
+
+    def run(q: Tensor) -> Tensor:
+        return checkpoint(body, q, q[:1], use_reentrant=False)
+
+    with torch.no_grad():
+        want = run(q.clone())
+        got = torch.compile(run, backend=fxfuse.Backend(compiler="eager"))(q)
+    assert_like(got, want)
