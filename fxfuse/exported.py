@@ -5,12 +5,10 @@ lens reads Dynamo's graphs, so a copy of the program's graph is given what Dynam
 nodes; what the rewrite adds is written in ATen again.
 """
 
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import fx
-from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind
 
 from fxfuse.lowering import providers
 from fxfuse.passes import fuse_graph
@@ -19,18 +17,18 @@ from fxfuse.report import publish
 from fxfuse.settings import Settings
 from fxfuse.torch_private import copy_graph, overload_of, program_with, with_graph
 
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
 aten = torch.ops.aten
 REGION = torch.ops.higher_order.wrap_with_set_grad_enabled
 
-# What a program's own tensors hold; an input of the user's is a table where it holds integers.
-KINDS = {
-    InputKind.PARAMETER: Kind.WEIGHT,
-    InputKind.BUFFER: Kind.TABLE,
-    InputKind.CONSTANT_TENSOR: Kind.TABLE,
-}
+# What a program's own tensors hold, by torch.export's name for them; an input of the user's is a
+# table where it holds integers.
+KINDS = {"PARAMETER": Kind.WEIGHT, "BUFFER": Kind.TABLE, "CONSTANT_TENSOR": Kind.TABLE}
 
 
-def fuse(program: ExportedProgram, **settings: Any) -> ExportedProgram:
+def fuse(program: "ExportedProgram", **settings: Any) -> "ExportedProgram":
     """An exported program with its attention preludes fused, for AOTInductor.
 
     Example:
@@ -63,12 +61,12 @@ def fuse(program: ExportedProgram, **settings: Any) -> ExportedProgram:
     return program_with(program, _in_aten(fused))
 
 
-def _kinds(program: ExportedProgram) -> dict[str, Kind]:
+def _kinds(program: "ExportedProgram") -> dict[str, Kind]:
     """What each input of the program's graph holds, by the name of its node."""
     specs = program.graph_signature.input_specs
     inputs = [node for node in program.graph.nodes if node.op == "placeholder"]
     found = {
-        node.name: KINDS.get(spec.kind) or _given(node)
+        node.name: KINDS.get(spec.kind.name) or _given(node)
         for node, spec in zip(inputs, specs, strict=True)
     }
     return found | {n.name: Kind.TABLE for n in program.graph.nodes if n.op == "get_attr"}
@@ -80,7 +78,7 @@ def _given(node: fx.Node) -> Kind:
     return Kind.DATA if is_data else Kind.TABLE
 
 
-def _as_dynamos(program: ExportedProgram) -> fx.GraphModule:
+def _as_dynamos(program: "ExportedProgram") -> fx.GraphModule:
     """A copy of the program's graph whose nodes have their example values where Dynamo's have them.
 
     Checks of metadata that the graph's own metadata shows to hold are left out: they would read

@@ -6,15 +6,15 @@ Tried on torch 2.11 and 2.13. The lowering side has its own such module, fxfuse.
 import contextlib
 import importlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.export import ExportedProgram
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.fx.passes.infra.pass_base import PassResult
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
 
 
 def fake_mode_of(gm: fx.GraphModule) -> FakeTensorMode:
@@ -23,6 +23,8 @@ def fake_mode_of(gm: fx.GraphModule) -> FakeTensorMode:
         example = node.meta.get("example_value")
         if isinstance(example, FakeTensor):
             return example.fake_mode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
     return FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
 
 
@@ -48,8 +50,10 @@ def with_graph(gm: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
     return module
 
 
-def program_with(program: ExportedProgram, gm: fx.GraphModule) -> ExportedProgram:
+def program_with(program: "ExportedProgram", gm: fx.GraphModule) -> "ExportedProgram":
     """The program over another graph of the same inputs and outputs; torch verifies it."""
+    from torch.fx.passes.infra.pass_base import PassResult
+
     return program._transform_do_not_use(lambda _: PassResult(gm, True))
 
 

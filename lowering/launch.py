@@ -10,8 +10,6 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch.utils._sympy.functions import FloorDiv
-
 from fxfuse.lowering import launch_stores
 from fxfuse.lowering.operand import Operand, Size
 from fxfuse.lowering.tiles import Tile, tile_for
@@ -97,7 +95,11 @@ def ceil_div(n: Size, by: int) -> Size:
     """ceil(n / by); of a symbolic size as Inductor prints it."""
     if by == 1:
         return n
-    return -(-n // by) if isinstance(n, int) else FloorDiv(n + by - 1, by)
+    if isinstance(n, int):
+        return -(-n // by)
+    from torch.utils._sympy.functions import FloorDiv
+
+    return FloorDiv(n + by - 1, by)
 
 
 def _table_rows(operands: Mapping[str, Operand | None]) -> int:

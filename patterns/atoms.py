@@ -5,8 +5,6 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import sympy
-
 from fxfuse.patterns.value import (
     MAX_EXPLICIT,
     Atom,
@@ -167,6 +165,8 @@ def divide(size: Size, by: Size) -> Size | None:
     """size / by if that is whole for certain, else None."""
     if isinstance(size, int) and isinstance(by, int):
         return size // by if by and size % by == 0 else None
+    import sympy
+
     quotient = sympy.sympify(size) / by
     if quotient.is_Integer:
         return int(quotient)
