@@ -11,6 +11,7 @@ import torch
 import fxfuse
 from fxfuse import cli, reference
 from fxfuse.lowering import libraries, providers
+from fxfuse.patterns.record import AddNorm
 from fxfuse.tools import doctor, self_test
 
 
@@ -86,6 +87,20 @@ def test_a_provider_is_tested_on_one_site(
         result = result_of("mylib")
     assert (result.wrong, result.op) == (wrong, "norm_rope_store_")
     assert told in result.told
+
+
+@pytest.mark.cpu
+def test_a_library_that_adds_nothing_up_is_tested_on_a_norm_alone() -> None:
+    def declines(facts: providers.Facts) -> str | None:
+        assert isinstance(facts.record, AddNorm)
+        return "adds nothing up" if facts.record.addends > 1 else None
+
+    def run(**call: Any) -> Any:
+        return reference.add_rms_norm(**call)
+
+    with fxfuse.register_provider("mylib", run, ops=["add_rms_norm"], declines=declines):
+        result = result_of("mylib")
+    assert not result.wrong and result.told.startswith("right: error")
 
 
 @pytest.mark.null

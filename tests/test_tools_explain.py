@@ -131,7 +131,7 @@ def test_a_config_is_built_as_large_as_it_says(
     assert whole.name == "Qwen3ForCausalLM, 3 layers, float32, cpu"
     cut = told(capsys, folder / "config.json", "--random-weights", "--layers", "1")
     assert [site["kind"] for site in cut["fused"]] == ["attention", "grouped_heads"]
-    assert "Qwen3ForCausalLM, 1 layers" in cut["what"]
+    assert "Qwen3ForCausalLM, 1 layer," in cut["what"]
 
 
 def test_weights_are_loaded_where_they_are(folder: Path) -> None:

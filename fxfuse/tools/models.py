@@ -120,7 +120,8 @@ def device_of(name: str | None) -> str:
 def _sizes(model: Any) -> tuple[str, str]:
     config = model.config.get_text_config(decoder=True)
     layers = getattr(config, "num_hidden_layers", None)
-    return f"{layers} layers" if layers else "", str(model.dtype).removeprefix("torch.")
+    depth = f"{layers} layer{'s' if layers > 1 else ''}" if layers else ""
+    return depth, str(model.dtype).removeprefix("torch.")
 
 
 def unit_of(word: str) -> Unit | None:

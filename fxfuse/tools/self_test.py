@@ -7,23 +7,57 @@ installed, says so and is not wrong.
 
 import dataclasses
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
 
 import torch
+from torch import Tensor
 
 from fxfuse import torch_private
 from fxfuse.bench import check, recipes
-from fxfuse.bench.recipes import Case
+from fxfuse.bench.chains import AddNorm, Chain, rms_norm
+from fxfuse.bench.recipes import Inputs
 from fxfuse.entry import Fresh
 from fxfuse.lowering import providers
 from fxfuse.lowering.providers import Provider
 from fxfuse.report import Report, collected
 from fxfuse.tools.reading import Reading
 
-# The recipe whose chain becomes an op; the first that a provider knows is its test.
-RECIPES = {"norm_rope_store_": "prelude", "norm_rope": "qk_norm", "add_rms_norm": "add_norm"}
+Site: TypeAlias = tuple[Chain, Inputs]
 TOKENS, HEADS, KV_HEADS, HIDDEN = 5, 4, 2, 256
+
+
+class Norm(AddNorm):
+    """RMSNorm alone: what libraries take whose kernels round the sum elsewhere."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return rms_norm(x, self.weight, self.shape.eps)
+
+
+def _chain(recipe: str) -> Callable[[str], Site]:
+    def made(device: str) -> Site:
+        case = recipes.cases(recipe, device, [TOKENS])[0]
+        shape = dataclasses.replace(case.shape, heads=HEADS, kv_heads=KV_HEADS, hidden=HIDDEN)
+        case = dataclasses.replace(case, shape=shape)
+        return recipes.chain(case, device), recipes.draw(case, device, 0)
+
+    return made
+
+
+def _norm(device: str) -> Site:
+    chain, inputs = _chain("add_norm")(device)
+    norm = Norm(chain.shape).to(device)
+    norm.load_state_dict(chain.state_dict())
+    return norm, Inputs(inputs.args[:1])
+
+
+# Chains that become an op. The first op that a provider knows is tested, on the first chain that it
+# takes.
+SITES: dict[str, tuple[Callable[[str], Site], ...]] = {
+    "norm_rope_store_": (_chain("prelude"),),
+    "norm_rope": (_chain("qk_norm"),),
+    "add_rms_norm": (_chain("add_norm"), _norm),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,25 +76,27 @@ class Result:
 def results(device: str) -> Iterator[Result]:
     """One after the other, in the order in which the providers are asked."""
     for provider in list(providers.PROVIDERS):
-        op = next(op for op in RECIPES if op in provider.ops)
+        op = next(op for op in SITES if op in provider.ops)
         with providers.asked_first(provider), torch.no_grad():
             try:
-                wrong, told = _tested(provider, _case(RECIPES[op], device), device)
+                wrong, told = _tested(provider, op, device)
             except Exception as error:
                 wrong, told = True, f"FAILED: {type(error).__name__}: {error}".splitlines()[0]
         yield Result(provider.name, op, wrong, told)
 
 
-def _case(recipe: str, device: str) -> Case:
-    case = recipes.cases(recipe, device, [TOKENS])[0]
-    shape = dataclasses.replace(case.shape, heads=HEADS, kv_heads=KV_HEADS, hidden=HIDDEN)
-    return dataclasses.replace(case, shape=shape)
+def _tested(provider: Provider, op: str, device: str) -> tuple[bool, str]:
+    reasons = []
+    for site in SITES[op]:
+        chain, inputs = site(device)
+        reason = _not_taken(provider, _report(chain, inputs.args, Reading(gate="always")))
+        if not reason:
+            return _compared(provider, chain, inputs)
+        reasons.append(reason)
+    return False, f"not asked here: {'; '.join(dict.fromkeys(reasons))}"
 
 
-def _tested(provider: Provider, case: Case, device: str) -> tuple[bool, str]:
-    chain, inputs = recipes.chain(case, device), recipes.draw(case, device, 0)
-    if reason := _not_taken(provider, _report(chain, inputs.args, Reading(gate="always"))):
-        return False, f"not asked here: {reason}"
+def _compared(provider: Provider, chain: Chain, inputs: Inputs) -> tuple[bool, str]:
     wanted = check.truth(chain, inputs)
     start = time.perf_counter()
     compiled: Any = torch.compile(chain, backend=Fresh(gate="always"), dynamic=False)
