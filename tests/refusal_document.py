@@ -8,6 +8,7 @@ counted from the code that is shown.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -88,6 +89,7 @@ EXAMPLES = (
 )
 
 
+@functools.cache
 @torch.no_grad()
 def refusals(example: Example) -> list[Refusal]:
     """Each distinct one, with the line counted from the shown code."""
