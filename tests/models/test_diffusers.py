@@ -13,9 +13,14 @@ pytest.importorskip("diffusers", reason="diffusers is installed by `make sweep`"
 from tests.sweep.diffusion import diffusers_inputs, diffusers_model, diffusers_units
 
 
-@pytest.mark.null
-@pytest.mark.parametrize("name", ["flux", "qwenimage", "wan"])
-def test_compile_repeated_blocks(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "compiler"),
+    [
+        *(pytest.param(x, "eager", marks=pytest.mark.null) for x in ("flux", "qwenimage", "wan")),
+        pytest.param("flux", "inductor", marks=[pytest.mark.cpu, pytest.mark.long]),
+    ],
+)
+def test_compile_repeated_blocks(name: str, compiler: str) -> None:
     """Each kind of block is compiled once and serves all of its layers."""
     unit = diffusers_units()[f"diffusers/{name}"]
     model, inputs = randomise(diffusers_model(unit).eval()), diffusers_inputs(unit.name)
@@ -23,7 +28,7 @@ def test_compile_repeated_blocks(name: str) -> None:
         want = model(**inputs, return_dict=False)[0]
         torch._dynamo.reset()
         before = fxfuse.counts()["attention"]
-        model.compile_repeated_blocks(backend=fxfuse.Backend(compiler="eager"), fullgraph=True)
+        model.compile_repeated_blocks(backend=fxfuse.Backend(compiler=compiler), fullgraph=True)
         got = model(**inputs, return_dict=False)[0]
     assert_close(got, want, name)
     assert fxfuse.counts()["attention"] > before
