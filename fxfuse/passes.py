@@ -29,6 +29,10 @@ from fxfuse.torch_private import keeps_rounding_points, source_name
 log = logging.getLogger(__name__)
 _warned: set[str] = set()
 KindOf: TypeAlias = Callable[[fx.Node], Kind]
+GRADIENTS = (
+    "gradients are needed: norm and RoPE are fused with their gradients, cache writes stay the "
+    "model's; for inference compile under torch.no_grad()"
+)
 
 # Stages whose refusal leaves a rotation fused, or is about none.
 NO_ROTATION = ("store", "cut", "norm", "grouped_heads")
@@ -98,11 +102,8 @@ def _fuse(
         log.error("fxfuse: a proof failed, the site is left alone (please report this): %s", bug)
     report.refused += planned.refusals
     report.left += planned.left
-    if training and planned.sites:
-        report.notes.append(
-            "gradients are needed: norm and RoPE are fused with their gradients, cache writes stay "
-            "the model's; for inference compile under torch.no_grad()"
-        )
+    if training and planned.sites and GRADIENTS not in report.notes:
+        report.notes.append(GRADIENTS)
     fused = given
     if planned.sites or planned.norms or planned.groups:
         with _timed(report, "rewrite"):

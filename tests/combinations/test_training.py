@@ -62,6 +62,8 @@ def test_checkpointed_layers(compiler: str) -> None:
     run = torch.compile(model, backend=fxfuse.Backend(compiler=compiler, strict=True))
     assert_same_step(step(model, run), want)
     assert fxfuse.counts()["attention"] - before == FAMILIES["qwen3"].rotary
+    report = fxfuse.last_report()
+    assert report is not None and len(report.notes) == 1
 
 
 class Paired(Attention):
