@@ -228,6 +228,7 @@ def test_symbolic_tokens_are_one_graph() -> None:
 
 
 @pytest.mark.cpu
+@pytest.mark.long
 def test_under_the_cpp_wrapper() -> None:
     toy, x = Residual(pre_norm), hidden_states()
     with fxfuse.register_provider("mine", by_reference, ops=NORM):

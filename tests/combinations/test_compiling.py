@@ -103,7 +103,10 @@ class Negating(CustomGraphPass):
         return "tests.combinations.Negating"
 
 
-@pytest.mark.parametrize("slot", SLOTS)
+@pytest.mark.parametrize(
+    "slot",
+    [*(pytest.param(x, marks=pytest.mark.long) for x in SLOTS[:-2]), *SLOTS[-2:]],
+)
 @pytest.mark.parametrize("how", ["config", pytest.param("options", marks=pytest.mark.long)])
 @torch.no_grad()
 def test_a_pass_of_the_users_runs_with_fxfuses(slot: str, how: str) -> None:

@@ -89,7 +89,7 @@ def test_inference_mode_of_a_model() -> None:
         pytest.param("inductor", marks=[pytest.mark.cpu, pytest.mark.long]),
     ],
 )
-@pytest.mark.parametrize("name", ["qwen3", "gemma3"])
+@pytest.mark.parametrize("name", ["qwen3", pytest.param("gemma3", marks=pytest.mark.long)])
 @torch.no_grad()
 def test_autocast(name: str, compiler: str) -> None:
     """No further from the float32 model than eager under autocast is, up to half of that."""

@@ -46,6 +46,7 @@ def compile_in_a_process(cache: Path) -> Any:
 
 
 @pytest.mark.cpu
+@pytest.mark.long
 def test_a_warm_cache_gives_the_same_report(tmp_path: Path) -> None:
     cold, warm = compile_in_a_process(tmp_path), compile_in_a_process(tmp_path)
     assert cold["hits"] == 0 and warm["hits"] > 0
