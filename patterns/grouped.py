@@ -6,6 +6,7 @@ repeated from. That they are the same numbers is read off the Values: alike but 
 size n, that walks no tensor.
 """
 
+import logging
 from collections.abc import Iterator
 
 import torch
@@ -23,6 +24,7 @@ from fxfuse.patterns.value import Atom, Opaque, Value
 from fxfuse.slots import Call, Slot
 
 aten = torch.ops.aten
+log = logging.getLogger(__name__)
 
 KIND = "grouped_heads"
 SIGNATURE = (*NAMES, "attn_mask", "dropout_p")
@@ -52,6 +54,11 @@ class Groups:
                 reason = gate(KIND, site.query, site.rows, site.record)
             except Refused as error:
                 self.refusals.append(Refusal(KIND, node.name, str(error), location(node)))
+                continue
+            except Exception as error:
+                log.warning("fxfuse: an error of fxfuse, %s is left alone", node, exc_info=True)
+                told = f"an error of fxfuse: {type(error).__name__}: {error}"
+                self.refusals.append(Refusal(KIND, node.name, told, location(node)))
                 continue
             if reason:
                 self.left.append(Left(KIND, reason, node.name, location(node)))

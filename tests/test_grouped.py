@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fxfuse
 from fxfuse.passes import fuse_graph
+from fxfuse.patterns import grouped as grouped_heads
 from tests.toys import B, D, G, Layer, S, T, assert_like, caches, hidden_states
 
 pytestmark = pytest.mark.null
@@ -333,6 +334,20 @@ def test_sizes_that_only_the_run_knows() -> None:
 
     _, heads = check(run, *rows(7, 13), dynamic=True)
     assert heads == [(H, G, G)]
+
+
+def test_an_error_leaves_attention_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise KeyError("no steps today")
+
+    monkeypatch.setattr(grouped_heads, "steps_between", broken)
+
+    def finish(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        return F.scaled_dot_product_attention(q, by_expand(k), by_expand(v))
+
+    report, heads = check(Layer(finish), hidden_states(T))
+    assert heads == [(H, H, H)] and [f.kind for f in report.fused] == ["attention"]
+    assert reasons(report) == ["an error of fxfuse: KeyError: 'no steps today'"]
 
 
 def test_settings_leave_it() -> None:
