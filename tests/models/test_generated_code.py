@@ -43,9 +43,8 @@ def test_a_decode_step_writes_q_and_k_once_and_copies_no_cache() -> None:
     def of_cache_size(code: str) -> list[tuple[int, ...]]:
         return sorted(shape for shape in allocated(code) if math.prod(shape) >= cache)
 
-    # transformers expands K and V to all heads behind the store: two buffers, with fxfuse or not.
-    assert of_cache_size(fused) == of_cache_size(stock)
-    assert len(of_cache_size(stock)) == 2
+    # transformers expands K and V to all heads behind the store; what is fused reads the caches.
+    assert len(of_cache_size(stock)) == 2 and of_cache_size(fused) == []
     # q has one buffer; k has none, its row goes straight into the cache.
     assert allocated(fused).count((BATCH, HEADS, 1, HEAD_DIM)) == 1
     assert (BATCH, KV_HEADS, 1, HEAD_DIM) not in allocated(fused)

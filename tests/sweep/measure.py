@@ -22,6 +22,7 @@ from torch._inductor.utils import fresh_cache
 
 import fxfuse
 from fxfuse.entry import source_tag
+from fxfuse.patterns.record import Record
 from fxfuse.report import Report
 from tests.sweep.build import Example, example_of, unit_named
 from tests.sweep.residue import Remains, remains_of
@@ -181,21 +182,21 @@ def _note_graphs(run: Run, backend: Watching, before: dict[str, int]) -> None:
     run.graphs, run.breaks = len(backend.remains), sum(counters["graph_break"].values())
     stages: Counter[str] = Counter()
     for report, remains, times in zip(backend.reports, backend.remains, backend.runs, strict=False):
-        sites = [f for f in report.fused if f.kind == "attention"]
-        run.fused += times * len(sites)
-        run.stored += times * sum(f.record.store is not None for f in report.fused)
+        run.fused += times * sum(f.kind == "attention" for f in report.fused)
+        ours = [f for f in report.fused if isinstance(f.record, Record)]
+        run.stored += times * sum(f.record.store is not None for f in ours)
         run.tensors += times * sum(
             stream is not None and stream.rotation is not None
-            for f in report.fused
+            for f in ours
             for stream in (f.record.q if f.record.q.keep else None, f.record.k)
         )
-        stages.update(" + ".join(f.stages) for f in report.fused)
+        stages.update(" + ".join(f.stages) for f in ours)
         run.notes += [n for n in report.notes if n not in run.notes]
         for refusal in report.refused:
             said = {"stage": refusal.stage, "reason": refusal.reason, "where": refusal.where}
             run.refusals += [said] if said not in run.refusals else []
         run.residue += [str(r) for r in remains.residue]
-        claimed = len(report.fused), sum(f.record.store is not None for f in report.fused)
+        claimed = len(ours), sum(f.record.store is not None for f in ours)
         if claimed != (remains.ops, remains.stores):
             run.residue.append(
                 f"ops, stores: {claimed} claimed, {remains.ops, remains.stores} there"
