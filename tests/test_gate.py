@@ -10,6 +10,7 @@ import torch
 
 from fxfuse import passes
 from fxfuse.lowering import gate
+from fxfuse.patterns.record import GroupedHeads
 from fxfuse.settings import Settings
 from tests.norm_toys import Residual, compiled, pre_norm
 from tests.spellings import rsqrt
@@ -50,6 +51,20 @@ def test_the_table_is_told_by_its_kinds() -> None:
     assert not gate.decide("cuda", "add_rms_norm", gate.Facts(rows=4096)).fuse
     unknown = gate.decide("cuda", "dropout", gate.Facts())
     assert (unknown.fuse, unknown.reason) == (False, "nobody has measured it")
+
+
+def test_grouped_heads_are_given_where_they_were_measured() -> None:
+    def fused(target: str, rows: int | None, has_mask: bool, dtype: str) -> bool:
+        record = GroupedHeads(16, 8, 128, has_mask, dtype)
+        return gate.decide(target, "grouped_heads", gate.Facts(rows, record)).fuse
+
+    assert fused("cuda", 1, True, "bfloat16")
+    for rows, has_mask, dtype in (
+        (2, True, "bfloat16"), (None, True, "bfloat16"), (1, False, "bfloat16"),
+        (1, True, "float32"), (1, True, "float16"),
+    ):  # fmt: skip
+        assert not fused("cuda", rows, has_mask, dtype)
+    assert fused("cpu", None, False, "float32") and not fused("xpu", 1, True, "bfloat16")
 
 
 def test_entries_by_rows_fit_known_numbers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
