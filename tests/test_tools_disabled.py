@@ -10,7 +10,8 @@ import torch
 
 import fxfuse
 from fxfuse.report import collected
-from tests.spellings import rsqrt
+from tests.spellings import Rope, rsqrt
+from tests.test_refusals import no_partner
 from tests.toys import Attention, hidden_states
 
 pytestmark = pytest.mark.null
@@ -88,5 +89,9 @@ def test_it_ends_with_the_block_and_is_for_this_thread_alone() -> None:
 
 def test_strict_has_nothing_to_complain_of_inside() -> None:
     strict = fxfuse.Backend(compiler="eager", strict=True)
+    toy = Attention(Rope(no_partner))
     with fxfuse.disabled():
-        torch.compile(Attention(norm=rsqrt), backend=strict)(hidden_states())
+        got = torch.compile(toy, backend=strict)(hidden_states())
+    assert torch.equal(got, toy(hidden_states()))
+    with pytest.raises(Exception, match="has no partner"):
+        torch.compile(toy, backend=strict)(hidden_states())
