@@ -9,7 +9,7 @@ import torch
 
 from fxfuse import ops
 from fxfuse.lowering import eager, providers
-from tests.test_by_hand import NAMES, by_name, operands
+from tests.test_by_hand_compiled import NAMES, by_name, operands
 
 pytestmark = [
     pytest.mark.cuda,

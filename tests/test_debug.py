@@ -12,7 +12,7 @@ from torch import Tensor
 import fxfuse
 from fxfuse import debug_checks, reference
 from tests.spellings import rsqrt
-from tests.test_by_hand import Calls, by_name, operands
+from tests.test_by_hand_compiled import Calls, by_name, operands
 from tests.test_flat import Rotated
 from tests.test_layouts import LAYOUTS, SLOTS, each
 from tests.toys import (
