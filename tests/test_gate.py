@@ -58,9 +58,9 @@ def test_grouped_heads_are_given_where_they_were_measured() -> None:
         record = GroupedHeads(16, 8, 128, has_mask, dtype)
         return gate.decide(target, "grouped_heads", gate.Facts(rows, record)).fuse
 
-    assert fused("cuda", 1, True, "bfloat16")
+    assert fused("cuda", 1, True, "bfloat16") and fused("cuda", 256, True, "bfloat16")
     for rows, has_mask, dtype in (
-        (2, True, "bfloat16"), (None, True, "bfloat16"), (1, False, "bfloat16"),
+        (257, True, "bfloat16"), (None, True, "bfloat16"), (1, False, "bfloat16"),
         (1, True, "float32"), (1, True, "float16"),
     ):  # fmt: skip
         assert not fused("cuda", rows, has_mask, dtype)

@@ -270,7 +270,7 @@ class AddNorm(Chain):
 
 
 class RepeatedHeads(Chain):
-    """Attention by a mask over caches of one sequence, heads of k and v repeated in front of it."""
+    """Attention by a mask over caches, heads of k and v repeated in front of it."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         times = q.shape[1] // k.shape[1]

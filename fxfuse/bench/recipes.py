@@ -160,10 +160,11 @@ def _draw_add_norm(case: Case, device: str, generator: torch.Generator) -> Input
 
 
 def _draw_repeated(case: Case, device: str, generator: torch.Generator) -> Inputs:
-    shape, t, slots = case.shape, case.tokens, int(case.layout)
+    shape, t = case.shape, case.tokens
+    batch, slots = (int(part) for part in case.layout.split("x"))
     draw = _normal(device, generator)
-    q = draw(1, shape.heads, t, shape.head_dim)
-    k, v = (draw(1, shape.kv_heads, slots, shape.head_dim) for _ in range(2))
+    q = draw(batch, shape.heads, t, shape.head_dim)
+    k, v = (draw(batch, shape.kv_heads, slots, shape.head_dim) for _ in range(2))
     # Causal, in a cache that is three quarters full.
     last = 3 * slots // 4 - t + torch.arange(t, device=device)
     mask = torch.arange(slots, device=device) <= last[:, None]
@@ -171,6 +172,8 @@ def _draw_repeated(case: Case, device: str, generator: torch.Generator) -> Input
 
 
 LONG = (1, 16, 256, 4096, 16384)
+# Sequences x slots.
+CACHE_SIZES = ("1x1024", "1x4096", "1x512", "16x1024", "4x4096")
 RECIPES = {
     "prelude": Recipe(
         shapes.PRELUDES,
@@ -234,7 +237,7 @@ RECIPES = {
     "grouped_heads": Recipe(
         shapes.REPEATED,
         (1, 16, 256),
-        {slots: chains.RepeatedHeads for slots in ("1024", "4096", "512")},
+        {size: chains.RepeatedHeads for size in CACHE_SIZES},
         looks_up=False,
         store=False,
         draw=_draw_repeated,
