@@ -1,0 +1,130 @@
+"""The Triton kernel of a projection with the prelude behind it, for a few tokens.
+
+A head of q, k or v belongs to PARTS programs, each with ROWS of its channels: it multiplies those
+rows of the weight with the hidden states, adds the bias and writes the sums, float32, to a
+workspace. Whoever comes last of a head's programs does with the head what `kernels.tile` does with
+a projected one. No sum is split over programs: the order of every addition is fixed by the code.
+
+Who is last is told by a counter for each head, 0 when the kernel starts and 0 again when it ends: a
+program counts itself when its sums are written. Memory model: the barrier orders the stores of the
+program's threads before the one atomic add of its first thread, which releases them to the GPU; the
+add that finds PARTS - 1 before it acquires them, and the barrier behind it hands that on to the
+program's threads. Whoever was not last ends without another access.
+
+The workspace belongs to one launch, the counters to one run of a compiled graph, which sets them to
+0 at its start: runs on other streams have their own, and a run that was broken off leaves none.
+
+WEIGHT  of q, of k and of v: strides of its heads and channels, and whether there is a bias
+"""
+
+# Triton compiles these functions; to a type checker their arguments have no types.
+# mypy: ignore-errors
+
+import triton
+import triton.language as tl
+
+from fxfuse.lowering.kernels import static_tile
+
+
+@triton.jit
+def project_rows(
+    x_ptr, w_ptr, b_ptr, out_ptr, i_head, i_part,
+    TOTAL: tl.constexpr, D: tl.constexpr, M: tl.constexpr, HIDDEN: tl.constexpr,
+    WEIGHT: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """out[m, d] = sum over k of x[m, k] * w[d, k], + b[d]: a part of the channels d of a head.
+
+    The weight is read once, 16 bytes a thread, and does not stay in the cache.
+    """
+    o_d = i_part * ROWS + tl.arange(0, ROWS)
+    m_d = o_d < D
+    w_ptr += i_head.to(tl.int64) * WEIGHT[0] + o_d[:, None].to(tl.int64) * WEIGHT[1]
+    o_k = tl.arange(0, BLOCK_K)
+    if BLOCK_M == 1:
+        total = tl.zeros([ROWS, BLOCK_K], tl.float32)
+    else:
+        total = tl.zeros([ROWS, BLOCK_M], tl.float32)
+        o_m = tl.arange(0, BLOCK_M)[None, :]
+    for k in tl.range(0, HIDDEN, BLOCK_K, num_stages=STAGES):
+        m_k = k + o_k < HIDDEN if HIDDEN % BLOCK_K else tl.full([BLOCK_K], True, tl.int1)
+        w = tl.load(
+            w_ptr + (k + o_k)[None, :], mask=m_d[:, None] & m_k[None, :], other=0.0,
+            eviction_policy="evict_first",
+        )  # fmt: skip
+        if BLOCK_M == 1:
+            x = tl.load(x_ptr + k + o_k, mask=m_k, other=0.0)
+            total += w.to(tl.float32) * x.to(tl.float32)[None, :]
+        else:
+            x = tl.load(
+                x_ptr + o_m * HIDDEN + (k + o_k)[:, None], mask=(o_m < M) & m_k[:, None], other=0.0
+            )  # fmt: skip
+            total = tl.dot(w, x, total, input_precision="ieee")
+    bias = tl.zeros([ROWS], tl.float32)
+    if WEIGHT[2]:
+        bias = tl.load(b_ptr + i_head * D + o_d, mask=m_d, other=0.0).to(tl.float32)
+    out_ptr += i_head * D
+    if BLOCK_M == 1:
+        tl.store(out_ptr + o_d, tl.sum(total, 1) + bias, mask=m_d)
+    else:
+        place = out_ptr + o_m * TOTAL + o_d[:, None]
+        tl.store(place, total + bias[:, None], mask=(o_m < M) & m_d[:, None])
+
+
+@triton.jit
+def project_norm_rope_store(
+    x_ptr, q_proj_ptr, k_proj_ptr, v_proj_ptr, q_proj_bias_ptr, k_proj_bias_ptr, v_proj_bias_ptr,
+    sums_ptr, counters_ptr, q_out_ptr, k_out_ptr, k_cache_ptr, v_cache_ptr, slots_ptr, offsets_ptr,
+    positions_ptr, k_cache_scale_ptr, v_cache_scale_ptr,
+    q_weight_ptr, k_weight_ptr, q_bias_ptr, k_bias_ptr, q_scale_ptr, k_scale_ptr, cos_ptr, sin_ptr,
+    q_eps, k_eps, T, k_size_0, k_size_1, k_size_2, v_size_0, v_size_1, v_size_2,
+    STRIDES: tl.constexpr,
+    Q: tl.constexpr, K: tl.constexpr, V: tl.constexpr, Q_ROW: tl.constexpr,
+    K_ROW: tl.constexpr, V_ROW: tl.constexpr,
+    K_KEEP: tl.constexpr, K_CACHE: tl.constexpr, V_CACHE: tl.constexpr,
+    LOOKUP: tl.constexpr, AXES: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
+    Q_PROJ: tl.constexpr, K_PROJ: tl.constexpr, V_PROJ: tl.constexpr,
+    BATCH: tl.constexpr, HIDDEN: tl.constexpr, M: tl.constexpr, PARTS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Grid: (heads of q, k and v * PARTS); the programs of a head are neighbours.
+
+    Reads: every weight once; x and what `kernels.tile` reads.
+    Writes: sums [M, channels of all heads], counters, and what `kernels.tile` writes.
+    Numerics: float32 from load to store, one rounding; the same bits in every run.
+    """
+    i_block, i_part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
+    K_AT: tl.constexpr = Q[1] * Q[2]
+    V_AT: tl.constexpr = K_AT + K[1] * K[2]
+    TOTAL: tl.constexpr = V_AT + V[1] * V[2]
+    if i_block < Q[0]:
+        project_rows(
+            x_ptr, q_proj_ptr, q_proj_bias_ptr, sums_ptr, i_block, i_part,
+            TOTAL, Q[2], M, HIDDEN, Q_PROJ, ROWS, BLOCK_M, BLOCK_K, STAGES,
+        )  # fmt: skip
+    elif i_block < Q[0] + K[0]:
+        project_rows(
+            x_ptr, k_proj_ptr, k_proj_bias_ptr, sums_ptr + K_AT, i_block - Q[0], i_part,
+            TOTAL, K[2], M, HIDDEN, K_PROJ, ROWS, BLOCK_M, BLOCK_K, STAGES,
+        )  # fmt: skip
+    else:
+        project_rows(
+            x_ptr, v_proj_ptr, v_proj_bias_ptr, sums_ptr + V_AT, i_block - Q[0] - K[0], i_part,
+            TOTAL, V[2], M, HIDDEN, V_PROJ, ROWS, BLOCK_M, BLOCK_K, STAGES,
+        )  # fmt: skip
+    tl.debug_barrier()
+    before = tl.atomic_add(counters_ptr + i_block, 1, sem="acq_rel", scope="gpu")
+    if before == PARTS - 1:
+        tl.debug_barrier()
+        tl.store(counters_ptr + i_block, 0)
+        for i_b in range(BATCH):
+            static_tile(
+                sums_ptr, sums_ptr + K_AT, sums_ptr + V_AT, q_out_ptr, k_out_ptr, k_cache_ptr,
+                v_cache_ptr, slots_ptr, offsets_ptr, positions_ptr, k_cache_scale_ptr,
+                v_cache_scale_ptr, q_weight_ptr, k_weight_ptr, q_bias_ptr, k_bias_ptr,
+                q_scale_ptr, k_scale_ptr, cos_ptr, sin_ptr, q_eps, k_eps, T,
+                k_size_0, k_size_1, k_size_2, v_size_0, v_size_1, v_size_2,
+                (tl.cast(i_b, tl.int64), tl.cast(0, tl.int64), i_block), STRIDES,
+                Q, K, V, Q_ROW, K_ROW, V_ROW, K_KEEP, K_CACHE, V_CACHE, LOOKUP, AXES,
+                TOKENS, HEADS,
+            )  # fmt: skip

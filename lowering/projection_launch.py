@@ -1,0 +1,111 @@
+"""From a record and its operands to one launch of the projection's kernel.
+
+What stands behind the projection is planned as for tensors q, k and v: they are parts of the
+kernel's workspace here.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+from fxfuse.lowering import launch
+from fxfuse.lowering.operand import Operand, Size
+from fxfuse.lowering.tiles import Tile
+from fxfuse.patterns.record import Record
+
+STREAMS = ("q", "k", "v")
+# Rows of more tokens than one are multiplied by tensor cores, which take 16 and more at once.
+CORE_ROWS = 16
+SMALL_HIDDEN = 2048
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """What a program multiplies at once, rows x hidden channels of a weight (powers of two), its
+    warps, and how many such blocks are on their way at the same time.
+    """
+
+    rows: int
+    hidden: int
+    warps: int
+    stages: int
+
+
+def block_for(tokens: int, hidden: int) -> Block:
+    """The launch table, measured on an H200 (bfloat16, hidden sizes 1024 to 4096, 1 to 16 tokens).
+
+    One token: 512 = 16 bytes for each of a row's threads, so that x lies on the threads as the
+    weight does and need not be moved between them.
+    """
+    small = hidden <= SMALL_HIDDEN
+    if tokens > 1:
+        return Block(CORE_ROWS, 128, 1, 4) if small else Block(CORE_ROWS, 256, 1, 3)
+    return Block(8 if small else 4, 512, 2, 1)
+
+
+def widths(operands: Mapping[str, Operand | None]) -> dict[str, tuple[int, int]]:
+    """Heads and channels of those of q, k and v that are there."""
+    found = {name: operands.get(f"{name}_proj") for name in STREAMS}
+    return {name: (int(w.shape[0]), int(w.shape[1])) for name, w in found.items() if w}
+
+
+def sums_shape(operands: Mapping[str, Operand | None], tokens: Size) -> tuple[Size, int]:
+    """The workspace: a row of all heads for each token."""
+    return tokens, sum(heads * channels for heads, channels in widths(operands).values())
+
+
+def plan(
+    record: Record,
+    operands: Mapping[str, Operand | None],
+    eps: tuple[float, float],
+    target: str = "",
+    block: Block | None = None,
+) -> launch.Launch:
+    """The launch for operands named as the op's arguments, with q_out, k_out, sums and counters.
+
+    Shapes: as the op's, all of them numbers.
+    """
+    x = _needed(operands, "x")
+    batch, tokens, hidden = (int(n) for n in x.shape)
+    block = block or block_for(batch * tokens, hidden)
+    streams = widths(operands)
+    given = dict(operands) | _streams(operands, batch, tokens)
+    tile = Tile(launch.power_above(tokens), 1, block.warps)
+    behind = launch.plan(record, given, eps, tokens, target, tile)
+    assert "STRIDES" in behind.constants, "every stride is a number"
+    arguments, constants = dict(behind.arguments), dict(behind.constants)
+    for name in STREAMS:
+        del arguments[f"{name}_ptr"]
+    del constants["SINGLE"]
+    for name in ("x", "sums", "counters"):
+        arguments[f"{name}_ptr"] = _needed(operands, name).value
+    for name in STREAMS:
+        weight, bias = operands.get(f"{name}_proj"), operands.get(f"{name}_proj_bias")
+        arguments[f"{name}_proj_ptr"] = (weight or x).value
+        arguments[f"{name}_proj_bias_ptr"] = (bias or x).value
+        strides = weight.strides[:2] if weight else (0, 0)
+        constants[f"{name.upper()}_PROJ"] = (*strides, bias is not None)
+    rows = launch.power_above(batch * tokens)
+    parts = launch.ceil_div(max(channels for _, channels in streams.values()), block.rows)
+    constants |= {"BATCH": batch, "HIDDEN": hidden, "M": batch * tokens, "PARTS": parts}
+    constants |= {"ROWS": block.rows, "BLOCK_K": block.hidden, "STAGES": block.stages}
+    constants["BLOCK_M"] = rows if rows == 1 else max(CORE_ROWS, rows)
+    grid = (sum(heads for heads, _ in streams.values()) * parts, 1)
+    return launch.Launch("project_norm_rope_store", arguments, constants, grid, block.warps)
+
+
+def _streams(
+    operands: Mapping[str, Operand | None], batch: int, tokens: int
+) -> dict[str, Operand | None]:
+    """q, k and v as [B, T, heads, channels] in the workspace, side by side in its rows."""
+    sums = _needed(operands, "sums")
+    row = int(sums.shape[1])
+    return {
+        name: Operand(sums.value, (batch, tokens, heads, d), (tokens * row, row, d, 1))
+        for name, (heads, d) in widths(operands).items()
+    }
+
+
+def _needed(operands: Mapping[str, Operand | None], name: str) -> Operand:
+    operand = operands.get(name)
+    assert operand is not None, name
+    return operand
