@@ -35,7 +35,7 @@ GRADIENTS = (
 )
 
 # Stages whose refusal leaves a rotation fused, or is about none.
-NO_ROTATION = ("store", "cut", "norm", "grouped_heads")
+NO_ROTATION = ("store", "cut", "norm", "grouped_heads", "projection")
 
 
 def fuse_graph(
@@ -186,6 +186,9 @@ def _provider(site: Site, settings: Settings) -> Choice:
     if site.k is not None and site.is_single():
         heads = (0, *heads[1:])
     dtypes = {n: s.x.leaf.dtype.to_real() for n, s in streams.items() if s is not None}
+    if site.projection is not None:
+        weights = zip(("q_proj", "k_proj", "v_proj"), site.projection.weights, strict=False)
+        dtypes = {n: w.leaf.dtype for n, w in (("x", site.projection.x), *weights)}
     caches = {"k_cache": site.k_store, "v_cache": site.v_store}
     dtypes |= {name: store.cache.dtype for name, store in caches.items() if store is not None}
     device = site.q.slot.device

@@ -6,9 +6,11 @@ ATen calls whose sizes may be symbolic: the loop provider lowers a trace of thes
 """
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from fxfuse.patterns import axes
 from fxfuse.patterns.axes import Columns, columns_of, runs_of
@@ -87,6 +89,32 @@ def norm_rope_store_(
         parts = row_parts(v, unrounded(record.v, store.v), None, None, None, cos, sin, 0.0)
         write_(v_cache, store.v, store.negative, at, v_cache_scale, parts)
     return q_row, k_row
+
+
+def projected(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    """x Wᵀ + b as [B, T, H, D], of x [B, T, hidden], W [H, D, hidden] and b [H, D]."""
+    if weight is None:
+        return None
+    rows = None if bias is None else bias.flatten()
+    heads: Tensor = linear(x, weight.flatten(0, 1), rows)
+    return heads.view(*x.shape[:2], *weight.shape[:2])
+
+
+def project_norm_rope_store_(
+    x: Tensor,
+    q_proj: Tensor,
+    k_proj: Tensor | None,
+    v_proj: Tensor | None,
+    q_proj_bias: Tensor | None,
+    k_proj_bias: Tensor | None,
+    v_proj_bias: Tensor | None,
+    *behind: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """`norm_rope_store_` of the products of x with the weights."""
+    q = projected(x, q_proj, q_proj_bias)
+    k, v = projected(x, k_proj, k_proj_bias), projected(x, v_proj, v_proj_bias)
+    assert q is not None
+    return norm_rope_store_(q, k, v, *behind)
 
 
 def by_token(

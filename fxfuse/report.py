@@ -110,6 +110,7 @@ KINDS = {
     "norm": "norm of q and k",
     "add_rms_norm": "add + rms_norm",
     "grouped_heads": "attention over repeated heads",
+    "projection": "projection of q, k and v",
 }
 
 
@@ -139,7 +140,8 @@ def stages_of(record: AnyRecord) -> tuple[str, ...]:
     turn = [] if record.q.rotation is None else ["rope"]
     order = [*name, *turn] if norm is None or norm.when == "before" else [*turn, *name]
     stored = [n for n, s in (("k", record.k), ("v", record.v)) if s is not None]
-    return (*order, *([f"store({','.join(stored)})"] if record.store else []))
+    first = ["projection"] if record.projected else []
+    return (*first, *order, *([f"store({','.join(stored)})"] if record.store else []))
 
 
 def _norm_name(norm: Norm) -> str:
@@ -183,6 +185,7 @@ def _expected(gain: float | None) -> str:
 
 def fused_of(site: Site, choice: Choice, gain: float | None = None) -> Fused:
     op = "norm_rope_store_" if site.record.store else "norm_rope"
+    op = f"project_{op}" if site.record.projected else op
     eps = (site.q.eps, site.k.eps if site.k else 0.0)
     where = location(site.q.slot.node)
     op = f"fxfuse::{op}"

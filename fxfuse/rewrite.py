@@ -13,9 +13,19 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fxfuse.add_norm
-import fxfuse.ops  # noqa: F401  these two define the ops that are called here
+import fxfuse.ops
+import fxfuse.projection  # noqa: F401  these three define the ops that are called here
 from fxfuse.patterns.plan import Plan
-from fxfuse.patterns.site import Access, Decoded, GroupedSite, NormSite, Repeated, Site, Step
+from fxfuse.patterns.site import (
+    Access,
+    Decoded,
+    GroupedSite,
+    NormSite,
+    Projection,
+    Repeated,
+    Site,
+    Step,
+)
 from fxfuse.slots import Call, Scalar, Slot, View, slots_of
 from fxfuse.torch_private import copy_graph, fake_mode_of, size_of, with_graph, without_guards
 
@@ -94,7 +104,8 @@ class _Editor:
     def _call(self, site: Site) -> fx.Node:
         q, k, v = site.q, site.k, site.v
         anchor = self.nodes[q.slot.node]
-        operands = [self._operand(d.x, anchor) if d else None for d in (q, k)]
+        given = () if site.projection else (q, k)
+        operands = [self._operand(d.x, anchor) if d else None for d in given]
         if k is not None and site.is_single():
             operands[0] = self._add("narrow", (operands[0], 2, 0, 0), anchor)
         extras = [
@@ -123,9 +134,21 @@ class _Editor:
         first, second = (*site.slots, None)[:2]
         slots = [self._operand(a, anchor) if a else None for a in (first, second)]
         scales = [self._operand(a, anchor) if a else None for a in site.scales]
+        behind = (*extras, *slots, *caches, *scales, *eps, text)
+        if site.projection is not None:
+            args = (*self._projected(site.projection, anchor), *behind)
+            return self._add(torch.ops.fxfuse.project_norm_rope_store_.default, args, anchor)
         value = self._operand(v.x, anchor) if v else None
-        args = (*operands, value, *extras, *slots, *caches, *scales, *eps, text)
+        args = (*operands, value, *behind)
         return self._add(torch.ops.fxfuse.norm_rope_store_.default, args, anchor)
+
+    def _projected(self, projection: Projection, anchor: fx.Node) -> tuple[fx.Node | None, ...]:
+        """x, and three weights and biases."""
+        weights, biases = (
+            [self._operand(a, anchor) if a else None for a in (*accesses, None, None)[:3]]
+            for accesses in (projection.weights, projection.biases)
+        )
+        return self._operand(projection.x, anchor), *weights, *biases
 
     def replace_norm(self, site: NormSite) -> None:
         """Sums and norms come in the graph's order: one may add to the sum of another."""

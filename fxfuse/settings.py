@@ -11,7 +11,7 @@ Compiler = Literal["inductor", "aot_eager", "eager"]
 Numerics = Literal["inductor", "graph"]
 Gate = Literal["auto", "always", "never"]
 
-DISABLEABLE = ("attention", "store", "grouped_heads")
+DISABLEABLE = ("attention", "store", "grouped_heads", "projection")
 
 
 class FxfuseError(RuntimeError):
@@ -24,7 +24,8 @@ class Settings:
 
     strict     a rotation that is refused is an error that names it
     disable    stages left alone: "attention" (everything), "store" (cache writes stay the model's),
-               "grouped_heads" (attention reads repeated heads as the model has them)
+               "grouped_heads" (attention reads repeated heads as the model has them),
+               "projection" (the products that make q, k and v stay the compiler's)
     numerics   "inductor": float32 from load to store, one rounding; "graph": the graph's own
                rounding points, which the fused kernels do not keep, so that nothing is fused and
                the report says so

@@ -31,6 +31,15 @@ class Slot:
     node: fx.Node
     call: "Call | None" = dataclasses.field(default=None, repr=False)
 
+    def is_dense(self) -> bool:
+        """Whether its elements lie side by side, in the order of its axes."""
+        expected: Size = 1
+        for size, stride in reversed(list(zip(self.shape, self.stride, strict=True))):
+            if size != 1 and stride != expected:
+                return False
+            expected = expected * size
+        return True
+
 
 @dataclasses.dataclass(eq=False)
 class Call:

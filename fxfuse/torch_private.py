@@ -101,6 +101,13 @@ def is_mapped(t: torch.Tensor) -> bool:
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(t))
 
 
+def is_wrapped(t: Any) -> bool:
+    """Whether a tensor is of a class that stands for other tensors: quantised, sharded."""
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    return bool(is_traceable_wrapper_subclass(t))
+
+
 def source_name(node: fx.Node) -> str:
     """Where Dynamo found an input, as `L['self']._modules['rotary_emb']._buffers['inv_freq']`;
     empty if unknown.

@@ -4,11 +4,10 @@ In come a record and tensors by the names of the op's arguments, with q_out and 
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from torch import Tensor
 
-from fxfuse.lowering import kernels, launch
+from fxfuse.lowering import launch
 from fxfuse.lowering.operand import Operand
 from fxfuse.lowering.tiles import Tile
 from fxfuse.patterns.record import Record
@@ -31,7 +30,7 @@ def planned(
 
 def prepared(plan: launch.Launch) -> Callable[[], None]:
     """A function that launches the plan on the current stream."""
-    kernel: Any = getattr(kernels, plan.kernel)
+    kernel = launch.kernel_of(plan.kernel)
     grid, options = (*plan.grid, 1), {"num_warps": plan.warps, "num_stages": 1}
 
     def run() -> None:

@@ -4,23 +4,24 @@ In come the boxes of one op call; out come the boxes of its results, written by 
 """
 
 import functools
-import inspect
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-import fxfuse.ops
-from fxfuse.lowering import inductor, kernels, launch, loops
+from fxfuse.lowering import inductor, launch, loops, projection_launch
 from fxfuse.lowering.operand import Operand
+from fxfuse.lowering.providers import arguments
 from fxfuse.patterns.record import Record, Stream
 
 # Read from anywhere in memory; the others are small and made contiguous.
-CONTIGUOUS = ("q_weight", "k_weight", "q_bias", "k_bias")
+CONTIGUOUS = ("q_weight", "k_weight", "q_bias", "k_bias", "x")
 
 
 def lower(name: str, args: tuple[Any, ...], record: Record) -> tuple[Any, Any]:
     """Results of fxfuse::<name> on boxes, by one kernel launch."""
-    call = dict(zip(ARGUMENTS[name], args, strict=True))
+    call = dict(zip(arguments(name), args, strict=True))
     caches = [call[c] for c in ("k_cache", "v_cache") if call.get(c) is not None]
     # A copy would take the writes in the cache's place.
     if not all(inductor.is_memory(cache) for cache in caches):
@@ -34,18 +35,51 @@ def lower(name: str, args: tuple[Any, ...], record: Record) -> tuple[Any, Any]:
         n: inductor.contiguous_operand(x) if n in CONTIGUOUS else inductor.operand(x)
         for n, x in boxes.items()
     }
-    q_out, operands["q_out"] = _result(call["q"], record.q)
-    if call["k"] is None or record.k is None or not record.k.keep:
-        k_out = inductor.empty(call["q"], (0,), call["q"].get_dtype())
+    q, k = _sizes(call)
+    like = call["x"] if record.projected else call["q"]
+    q_out, operands["q_out"] = _result(like, q, record.q)
+    if k is None or record.k is None or not record.k.keep:
+        k_out = inductor.empty(like, (0,), like.get_dtype())
     else:
-        k_out, operands["k_out"] = _result(call["k"], record.k)
-    if 0 in (q_out.get_size()[0], q_out.get_size()[1]):
+        k_out, operands["k_out"] = _result(like, k, record.k)
+    if 0 in q[:2]:
         return q_out, k_out
-    tokens = inductor.hint(q_out.get_size()[1])
-    target = target_of(call["q"].get_device())
-    plan = launch.plan(record, operands, (call["q_eps"], call["k_eps"]), tokens, target)
+    plan = _planned(like, operands, record, (call["q_eps"], call["k_eps"]), inductor.hint(q[1]))
+    if plan is None:
+        return loops.lower(name, args, record)
     inductor.launch(with_warps(plan.kernel, plan.warps), plan)
     return q_out, k_out
+
+
+def _sizes(call: dict[str, Any]) -> tuple[Sequence[Any], Sequence[Any] | None]:
+    """[B, T, heads, D] of q and of k."""
+    if "x" not in call:
+        return call["q"].get_size(), call["k"].get_size() if call["k"] else None
+    rows = call["x"].get_size()[:2]
+    q, k = (call[name] for name in ("q_proj", "k_proj"))
+    return (*rows, *q.get_size()[:2]), (*rows, *k.get_size()[:2]) if k else None
+
+
+def _planned(
+    like: Any,
+    operands: dict[str, Operand | None],
+    record: Record,
+    eps: tuple[Any, Any],
+    tokens: int,
+) -> launch.Launch | None:
+    """The launch; None where the projection's kernel is asked for other sizes than numbers."""
+    target = target_of(like.get_device())
+    if not record.projected:
+        return launch.plan(record, operands, eps, tokens, target)
+    sizes = [n for o in operands.values() if o for n in (*o.shape, *o.strides)]
+    heads = sum(heads for heads, _ in projection_launch.widths(operands).values())
+    if not all(isinstance(n, int) for n in sizes) or heads > inductor.COUNTERS:
+        return None
+    rows = math.prod(like.get_size()[:2])
+    shape = projection_launch.sums_shape(operands, rows)
+    operands["sums"] = inductor.operand(inductor.empty(like, shape, torch.float32))
+    operands["counters"] = inductor.operand(inductor.counters(like))
+    return projection_launch.plan(record, operands, eps, target)
 
 
 @functools.cache
@@ -58,11 +92,11 @@ def target_of(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
-def _result(x: Any, stream: Stream) -> tuple[Any, Operand]:
+def _result(like: Any, size: Sequence[Any], stream: Stream) -> tuple[Any, Operand]:
     """Memory for one result: its box as [B, T, H, D], and the operand the kernel writes."""
-    b, t, h, d = x.get_size()
+    b, t, h, d = size
     shape = (b, h, t, d) if stream.heads_first else (b, t, h, d)
-    memory = inductor.empty(x, shape, getattr(torch, stream.dtype))
+    memory = inductor.empty(like, shape, getattr(torch, stream.dtype))
     box = inductor.permuted(memory, (0, 2, 1, 3)) if stream.heads_first else memory
     return box, inductor.operand(memory)
 
@@ -73,10 +107,4 @@ def with_warps(kernel: str, warps: int) -> Any:
     import triton
 
     config = triton.Config({}, num_warps=warps, num_stages=1)
-    return triton.autotune(configs=[config], key=[])(getattr(kernels, kernel))
-
-
-ARGUMENTS = {
-    "norm_rope": tuple(inspect.signature(fxfuse.ops.norm_rope).parameters),
-    "norm_rope_store_": tuple(inspect.signature(fxfuse.ops.norm_rope_store_).parameters),
-}
+    return triton.autotune(configs=[config], key=[])(launch.kernel_of(kernel))

@@ -44,6 +44,12 @@ class Entry:
     fits: Callable[[Facts], bool] = lambda facts: True
 
 
+def _projected_bfloat16(facts: Facts) -> bool:
+    """Products in bfloat16: what was measured of the projection."""
+    record = facts.record
+    return isinstance(record, Record) and record.q.dtype == "bfloat16"
+
+
 # Up to how many tokens, and Inductor's time over ours: geometric means of `fxfuse bench prelude` on
 # an H200 (benchmarks/results).
 ATTENTION_GAINS = ((1, 2.9), (64, 2.0), (1024, 1.8), (None, 1.2))
@@ -60,6 +66,7 @@ def _masked_bfloat16(facts: Facts) -> bool:
 
 
 _ONCE = "k and v are read once, not repeated"
+_ONE = "one kernel from the hidden states to the cache"
 
 TABLE = (
     *(
@@ -72,6 +79,9 @@ TABLE = (
     Entry("norm", "*", Decision(False, _AS_FAST)),
     Entry("add_rms_norm", "cuda", Decision(False, _AS_FAST, 0.97)),
     Entry("add_rms_norm", "*", Decision(False, _AS_FAST)),
+    # `fxfuse bench projection` (benchmarks/results): on an H200 against Inductor's best.
+    Entry("projection", "cuda", Decision(True, _ONE, 1.5), 1, _projected_bfloat16),
+    Entry("projection", "cuda", Decision(True, _ONE, 1.2), 4, _projected_bfloat16),
     # `fxfuse bench grouped_heads` (benchmarks/results): on an H200 512 to 4,096 slots, 1.2 to 3.3
     # with one row and 1.07 to 1.3 with up to 256.
     Entry("grouped_heads", "cuda", Decision(True, _ONCE, 1.8), 1, _masked_bfloat16),

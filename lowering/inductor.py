@@ -6,6 +6,7 @@ it is handled. Boxes (Inductor's TensorBox) come in and go out; sizes are ints o
 
 import inspect
 import operator
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -70,6 +71,22 @@ def empty(like: Box, shape: Sequence[Size], dtype: torch.dtype) -> Box:
     """Uninitialised dense memory on the box's device."""
     make = lowerings[torch.ops.aten.empty.memory_format]
     return make(list(shape), dtype=dtype, device=like.get_device())
+
+
+def counters(like: Box) -> Box:
+    """COUNTERS integers on the box's device, 0 when a run of the graph starts; one buffer for all
+    kernels of a graph, each of which leaves them 0.
+    """
+    made = _counters.setdefault(V.graph, {})
+    device = like.get_device()
+    if device not in made:
+        full = lowerings[torch.ops.aten.full.default]
+        made[device] = written(full([COUNTERS], 0, dtype=torch.int32, device=device))
+    return made[device]
+
+
+COUNTERS = 1024
+_counters: weakref.WeakKeyDictionary[Any, dict[Any, Box]] = weakref.WeakKeyDictionary()
 
 
 def written(box: Box) -> Box:

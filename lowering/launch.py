@@ -76,6 +76,14 @@ def plan(
     return Launch("norm_rope_store", arguments | named, constants, grid, tile.warps)
 
 
+def kernel_of(name: str) -> Any:
+    """The Triton kernel of a launch."""
+    from fxfuse.lowering import kernels, projection_kernel
+
+    module = kernels if hasattr(kernels, name) else projection_kernel
+    return getattr(module, name)
+
+
 def is_scattered(record: Record) -> bool:
     """Whether pairs turn by rows of their own, or a cache's innermost axis is none of channels."""
     turn, store = record.q.rotation, record.store

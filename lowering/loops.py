@@ -17,14 +17,17 @@ from fxfuse.patterns.record import Record, Stream
 REFERENCES: dict[str, Callable[..., Any]] = {
     "norm_rope": reference.norm_rope,
     "norm_rope_store_": reference.norm_rope_store_,
+    "project_norm_rope_store_": reference.project_norm_rope_store_,
 }
 
 
 # What a table gives by position is loaded by every head: choosing and gathering it once is cheaper.
 LOOKUPS = frozenset({torch.ops.aten.index.Tensor})
 
-# Where cos and sin stand among the ops' arguments.
+# Where cos and sin, and what k is or is made of, stand among the ops' arguments.
 _TABLES = {"norm_rope": slice(8, 10), "norm_rope_store_": slice(9, 11)}
+_TABLES |= {"project_norm_rope_store_": slice(13, 15)}
+_K = {"norm_rope": 1, "norm_rope_store_": 1, "project_norm_rope_store_": 2}
 
 
 def lower(name: str, args: tuple[Any, ...], record: Record) -> tuple[Any, Any]:
@@ -37,7 +40,7 @@ def lower(name: str, args: tuple[Any, ...], record: Record) -> tuple[Any, Any]:
     for table in (n for n in args[_TABLES[name]] if n is not None):
         inductor.written(table)
     q_row, k_row = inductor.lower_graph(inductor.traced(run).graph, args, LOOKUPS)
-    q, k = args[0], args[1]
+    q, k = args[0], args[_K[name]]
     k_kept = k is not None and record.k is not None and record.k.keep
     q_out = _in_order(q_row, record.q)
     if not k_kept or record.k is None:

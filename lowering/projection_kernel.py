@@ -14,7 +14,8 @@ program's threads. Whoever was not last ends without another access.
 The workspace belongs to one launch, the counters to one run of a compiled graph, which sets them to
 0 at its start: runs on other streams have their own, and a run that was broken off leaves none.
 
-WEIGHT  of q, of k and of v: strides of its heads and channels, and whether there is a bias
+WEIGHT  of q, of k and of v: strides of the heads and channels of the weight, whether there is a
+        bias, and its strides
 """
 
 # Triton compiles these functions; to a type checker their arguments have no types.
@@ -62,7 +63,8 @@ def project_rows(
             total = tl.dot(w, x, total, input_precision="ieee")
     bias = tl.zeros([ROWS], tl.float32)
     if WEIGHT[2]:
-        bias = tl.load(b_ptr + i_head * D + o_d, mask=m_d, other=0.0).to(tl.float32)
+        bias = tl.load(b_ptr + i_head * WEIGHT[3] + o_d * WEIGHT[4], mask=m_d, other=0.0)
+        bias = bias.to(tl.float32)
     out_ptr += i_head * D
     if BLOCK_M == 1:
         tl.store(out_ptr + o_d, tl.sum(total, 1) + bias, mask=m_d)

@@ -83,7 +83,8 @@ def plan(
         arguments[f"{name}_proj_ptr"] = (weight or x).value
         arguments[f"{name}_proj_bias_ptr"] = (bias or x).value
         strides = weight.strides[:2] if weight else (0, 0)
-        constants[f"{name.upper()}_PROJ"] = (*strides, bias is not None)
+        bias_strides = bias.strides if bias else (0, 0)
+        constants[f"{name.upper()}_PROJ"] = (*strides, bias is not None, *bias_strides)
     rows = launch.power_above(batch * tokens)
     parts = launch.ceil_div(max(channels for _, channels in streams.values()), block.rows)
     constants |= {"BATCH": batch, "HIDDEN": hidden, "M": batch * tokens, "PARTS": parts}

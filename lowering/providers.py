@@ -21,6 +21,7 @@ from torch import Tensor
 
 import fxfuse.add_norm
 import fxfuse.ops
+import fxfuse.projection
 from fxfuse.lowering import opaque
 from fxfuse.patterns.record import AddNorm, Record
 from fxfuse.settings import FxfuseError
@@ -36,6 +37,7 @@ Run = Callable[..., "tuple[Tensor | None, Tensor | None]"]
 OPS: dict[str, Callable[[str], Record | AddNorm]] = {
     "norm_rope": fxfuse.ops.read_record,
     "norm_rope_store_": fxfuse.ops.read_record,
+    "project_norm_rope_store_": fxfuse.ops.read_record,
     "add_rms_norm": fxfuse.add_norm.read_record,
 }
 
@@ -48,7 +50,8 @@ class Facts:
     heads   of q, k, v; None where a stream is absent too; empty for add_rms_norm
     batch   B of q
     shape   of add_rms_norm's x
-    dtypes  of q, k, v and their caches, or of add_rms_norm's tensors, by the names of the op's
+    dtypes  of q, k, v, or x and the weights they are made of, and of their caches, or of
+            add_rms_norm's tensors, by the names of the op's
             arguments; of those that are there
     device  where they are, None where unknown
     """
@@ -65,6 +68,8 @@ class Facts:
         """The op's name."""
         if isinstance(self.record, AddNorm):
             return "add_rms_norm"
+        if self.record.projected:
+            return "project_norm_rope_store_"
         return "norm_rope_store_" if self.record.store else "norm_rope"
 
 
@@ -145,7 +150,8 @@ def register_provider(
               into it; it may be captured in a CUDA graph.
     lower     instead of `run`: a function of the op's name, its arguments as Inductor's boxes and
               the record, that returns the results as boxes
-    ops       which of norm_rope, norm_rope_store_ and add_rms_norm it takes
+    ops       which of norm_rope, norm_rope_store_, project_norm_rope_store_ and add_rms_norm it
+              takes
     devices   device types it is for, such as "cuda" (ROCm too) or "cpu"; None is every one
     declines  why it does not take a call, or None where it does: it must decline wherever it would
               compute something else than the op
@@ -269,17 +275,22 @@ def asked_first(provider: Provider) -> Iterator[None]:
 
 
 # The arguments whose dtypes are facts.
-TOLD = ("x", "residual", "second", "weight", "q", "k", "v", "k_cache", "v_cache")
+TOLD = ("x", "residual", "second", "weight", "q", "k", "v", "q_proj", "k_proj", "v_proj")
+CACHES = ("k_cache", "v_cache")
 
 
 def facts_of(record: Record | AddNorm, tensors: Mapping[str, Any]) -> Facts:
     """Facts from an op's tensors, or fakes of them, by the names of its arguments."""
-    given = {name: x for name, x in tensors.items() if isinstance(x, Tensor) and name in TOLD}
+    given = {
+        name: x for name, x in tensors.items() if isinstance(x, Tensor) and name in TOLD + CACHES
+    }
     dtypes, first = {name: x.dtype for name, x in given.items()}, next(iter(given.values()))
     if isinstance(record, AddNorm):
         shape = tuple(map(_number, first.shape))
         return Facts(record, shape=shape, dtypes=dtypes, device=first.device)
-    heads = tuple(_number(given[n].shape[2]) if n in given else None for n in ("q", "k", "v"))
+    source, axis = ("{}_proj", 0) if record.projected else ("{}", 2)
+    streams = [given.get(source.format(name)) for name in ("q", "k", "v")]
+    heads = tuple(None if x is None else _number(x.shape[axis]) for x in streams)
     return Facts(record, heads, _number(first.shape[0]), dtypes=dtypes, device=first.device)
 
 

@@ -68,6 +68,13 @@ def _no_format(record: Record, device: torch.device | None) -> str | None:
     return None
 
 
+def _no_projection_kernel(facts: Facts) -> str | None:
+    made = {x for name, x in facts.dtypes.items() if name == "x" or name.endswith("_proj")}
+    if len(made) > 1 or any(str(x).removeprefix("torch.") not in KERNEL_DTYPES for x in made):
+        return f"the kernel multiplies {', '.join(KERNEL_DTYPES)} only, x and weights alike"
+    return _no_triton_kernel(facts)
+
+
 def _triton(name: str, args: tuple[Any, ...], record: Record) -> tuple[Box, Box]:
     from fxfuse.lowering import fused
 
@@ -81,10 +88,19 @@ def _loops(name: str, args: tuple[Any, ...], record: Record) -> tuple[Box, Box]:
 
 
 NORM = "add_rms_norm"
+PROJECTION = "project_norm_rope_store_"
 
-register_provider("loops", lower=_loops, ops=ROPE_OPS, version="")
+register_provider("loops", lower=_loops, ops=(*ROPE_OPS, PROJECTION), version="")
 register_provider(
     "triton", lower=_triton, ops=ROPE_OPS, devices=("cuda",), declines=_no_triton_kernel, version=""
+)
+register_provider(
+    "triton",
+    lower=_triton,
+    ops=(PROJECTION,),
+    devices=("cuda",),
+    declines=_no_projection_kernel,
+    version="",
 )
 register_provider("loops", lower=norm_launch.loops, ops=(NORM,), version="")
 register_provider(

@@ -169,7 +169,7 @@ class Norms:
                 raise Refused(f"operands on {slot.device} and {whole.device}")
         if self._is_written(site.normed.slot):
             raise Refused("the result is memory that the graph writes to")
-        if joined and not _is_dense(whole):
+        if joined and not whole.is_dense():
             raise Refused("a sum that does not lie row by row in memory")
         nodes = [site.before, site.normed.slot.node, *([whole.node] if joined else [])]
         nodes.sort(key=index.__getitem__)
@@ -212,7 +212,7 @@ def _decode(slot: Slot, value: Value, statistic: Statistic) -> Decoded:
         raise Refused("a norm of a tensor that is cut, moved or regrouped")
     if rows_of(base_of(row, x.leaf))[: len(x.axes) - 1] != rows_of(x)[:-1]:
         raise Refused("a norm by the statistic of other rows")
-    if not _is_dense(slot):
+    if not slot.is_dense():
         raise Refused("a result that does not lie row by row in memory")
     leaf, offset = without_offset(weight.leaf) if weight else (None, 0.0)
     if weight and (leaf is None or not _is_row(weight, value, channels)):
@@ -242,15 +242,6 @@ def _is_row(weight: Factor, value: Value, channels: int) -> bool:
     """Whether a weight is a vector that meets the channels one by one."""
     shape = weight.leaf.shape
     return shape == (channels,) and _walks(weight.axes[0], value.dims[-1], channels)
-
-
-def _is_dense(slot: Slot) -> bool:
-    expected: Size = 1
-    for size, stride in reversed(list(zip(slot.shape, slot.stride, strict=True))):
-        if size != 1 and stride != expected:
-            return False
-        expected = expected * size
-    return True
 
 
 def _terms(slot: Slot) -> tuple[Slot, Slot] | None:

@@ -29,6 +29,13 @@ ADVICE = (
         "please report it; the result is right, since the graph there stays the compiler's",
     ),
     Advice(
+        ("^a projection", "^q, k and v are projections"),
+        "q, k and v as parts of F.linear of one tensor with plain parameters, read by the chain "
+        "alone",
+        "nothing: the products stay the compiler's, all behind them is fused; to have them in the "
+        "same kernel merge adapters into the weights, or quantise other layers",
+    ),
+    Advice(
         ("be tried$",),
         "sizes that small ones can stand for, so that the site can be proved on random numbers",
         "compile with dynamic=False, or mark the axis static; please report it if it is",

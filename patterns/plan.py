@@ -18,6 +18,7 @@ from fxfuse.patterns.frontier import Frontier
 from fxfuse.patterns.grouped import Groups
 from fxfuse.patterns.lookup import with_lookups
 from fxfuse.patterns.memory import Memory
+from fxfuse.patterns.projection import Projections
 from fxfuse.patterns.read import Reading
 from fxfuse.patterns.record import Record
 from fxfuse.patterns.site import (
@@ -88,13 +89,15 @@ class _Planner:
         made = {d.slot for site in self.plan.sites for d in site.streams()}
         sites = [site for site in self.plan.sites if not self._is_left(site)]
         holder, disproved = self.uses.holder, self.plan.disproved
-        self.plan.sites = with_lookups(sites, self.memory, holder, disproved)
+        sites = with_lookups(sites, self.memory, holder, disproved)
+        projections = Projections(self.reading, self.uses, self.absorbed, self.memory, self.gate)
+        self.plan.sites = [projections.grown(site) for site in sites]
         self._report_refusals(made)
         norms = Norms(self.reading, self.frontier, self.memory, self.gate)
         groups = Groups(self.reading, self.frontier, self.gate)
         self.plan.norms, self.plan.groups = norms.sites, groups.sites
-        self.plan.left += norms.left + groups.left
-        self.plan.refusals += norms.refusals + groups.refusals
+        self.plan.left += norms.left + groups.left + projections.left
+        self.plan.refusals += norms.refusals + groups.refusals + projections.refusals
         self.plan.disproved += norms.disproved
         return self.plan
 

@@ -150,13 +150,14 @@ class Store:
 @dataclasses.dataclass(frozen=True)
 class Record:
     """One fused site: streams q, k and v (v only where it is stored), and where k and v are
-    stored.
+    stored; projected where the op makes them of one x and their weights itself.
     """
 
     q: Stream
     k: Stream | None = None
     v: Stream | None = None
     store: Store | None = None
+    projected: bool = False
 
     def to_text(self) -> str:
         return json.dumps(dataclasses.asdict(self), separators=(",", ":"), sort_keys=True)
@@ -170,6 +171,7 @@ class Record:
             k=_stream(data["k"]) if data["k"] else None,
             v=_stream(data["v"]) if data["v"] else None,
             store=_store(data["store"]) if data["store"] else None,
+            projected=data["projected"],
         )
 
 

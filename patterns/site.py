@@ -139,13 +139,28 @@ class StoreWrite:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Projection:
+    """What q, k and v of a site are products of: x [B, T, hidden], and for each of its streams a
+    weight [H, D, hidden] and a bias [H, D], or None.
+    """
+
+    x: Access
+    weights: tuple[Access, ...]
+    biases: tuple[Access | None, ...]
+
+    def accesses(self) -> list[Access]:
+        return [self.x, *self.weights, *(b for b in self.biases if b is not None)]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Site:
     """One fused op: its record, its streams (q first), its stores, the node it is inserted before,
     and views of its results that the model takes before that node and that move behind the op.
     A k that is stored by an op of its own stands for its q too, of which the op sees no head.
     `slots` are what the stores' indices are made of, as [B|1, T]; `scales` the scale tensors of the
-    caches of k and v. `kind` is "key" for the k of an attention whose q is a site of its own,
-    "norm" where q and k are normed and not rotated, else "attention".
+    caches of k and v; `projection` is there where the record says so. `kind` is "key" for the k of
+    an attention whose q is a site of its own, "norm" where q and k are normed and not rotated, else
+    "attention".
     """
 
     record: Record
@@ -159,6 +174,7 @@ class Site:
     kind: str = "attention"
     slots: tuple[Access, ...] = ()
     scales: tuple[Access | None, Access | None] = (None, None)
+    projection: Projection | None = None
 
     @property
     def rows(self) -> int | None:
