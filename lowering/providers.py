@@ -275,15 +275,15 @@ def asked_first(provider: Provider) -> Iterator[None]:
 
 
 # The arguments whose dtypes are facts.
-TOLD = ("x", "residual", "second", "weight", "q", "k", "v", "q_proj", "k_proj", "v_proj")
-CACHES = ("k_cache", "v_cache")
+TOLD = (
+    "x", "residual", "second", "weight", "q", "k", "v", "q_proj", "k_proj", "v_proj", "k_cache",
+    "v_cache",
+)  # fmt: skip
 
 
 def facts_of(record: Record | AddNorm, tensors: Mapping[str, Any]) -> Facts:
     """Facts from an op's tensors, or fakes of them, by the names of its arguments."""
-    given = {
-        name: x for name, x in tensors.items() if isinstance(x, Tensor) and name in TOLD + CACHES
-    }
+    given = {name: x for name, x in tensors.items() if isinstance(x, Tensor) and name in TOLD}
     dtypes, first = {name: x.dtype for name, x in given.items()}, next(iter(given.values()))
     if isinstance(record, AddNorm):
         shape = tuple(map(_number, first.shape))

@@ -5,8 +5,11 @@ nothing but parts of `linear(x, weight, bias)` and nobody else reads those; or R
 """
 
 import dataclasses
+import logging
+from typing import Any
 
 import torch
+from torch.fx.node import map_aggregate
 
 from fxfuse.patterns.access import Refused
 from fxfuse.patterns.frontier import Uses
@@ -28,6 +31,7 @@ from fxfuse.slots import Call, Slot
 from fxfuse.torch_private import is_wrapped, storage_key
 
 aten = torch.ops.aten
+log = logging.getLogger(__name__)
 
 KIND = "projection"
 # More rows than these no kernel takes.
@@ -69,9 +73,13 @@ class Projections:
             return site
         try:
             projection = self._projection(site)
-        except Refused as error:
-            where = location(slot.node)
-            self.refusals.append(Refusal(KIND, slot.node.name, str(error), where))
+        except Exception as error:
+            told = str(error)
+            if not isinstance(error, Refused):
+                log.warning("fxfuse: an error of fxfuse, %s is not projected", slot.node.name)
+                log.debug("fxfuse failed", exc_info=True)
+                told = f"an error of fxfuse: {type(error).__name__}: {error}"
+            self.refusals.append(Refusal(KIND, slot.node.name, told, location(slot.node)))
             return site
         record = dataclasses.replace(site.record, projected=True)
         return dataclasses.replace(site, record=record, projection=projection)
@@ -105,28 +113,30 @@ class Projections:
 
     def _part(self, stream: Decoded) -> _Part:
         """Raises Refused where a stream is no part of one plain product."""
-        leaf = stream.x.leaf.slot
-        slot = self._viewed(leaf)
-        call = slot.call
+        views = self._views(stream.x.leaf.slot)
+        made = views[0].inputs()[0] if views else stream.x.leaf.slot
+        call = made.call
         if call is None or call.op is not aten.linear.default:
-            made = "an input of the graph" if call is None else str(call.op)
-            raise Refused(f"a projection that is no plain linear: {made}")
-        if slot.storage != leaf.storage or self.reading.writes.get(slot.storage):
-            raise Refused("a projection that is copied or written before it is used")
-        sizes = (*slot.shape, *leaf.shape, *leaf.stride, leaf.offset, *_weight(call).shape)
-        if not all(isinstance(n, int) for n in sizes):
+            found = "an input of the graph" if call is None else str(call.op)
+            raise Refused(f"a projection that is no plain linear: {found}")
+        if self.reading.writes.get(made.storage):
+            raise Refused("a projection that is written before it is used")
+        if not all(isinstance(n, int) for n in (*made.shape, *_weight(call).shape)):
             raise Refused("a projection of symbolic sizes")
-        return _placed(stream, call, leaf, slot)
+        return _placed(stream, call, made, views)
 
-    def _viewed(self, slot: Slot) -> Slot:
-        """What a tensor is a view of."""
+    def _views(self, slot: Slot) -> list[Call]:
+        """The calls through which a tensor is a view of another, in order."""
+        views: list[Call] = []
         while slot.call is not None and self.reading.relations.get(slot.call) == "view":
+            views.insert(0, slot.call)
             slot = slot.call.inputs()[0]
-        return slot
+        return views
 
     def _check_weight(self, weight: Slot) -> None:
         """Raises Refused for a weight that is no part of a plain parameter."""
-        parameter = self._viewed(weight)
+        views = self._views(weight)
+        parameter = views[0].inputs()[0] if views else weight
         example = parameter.node.meta.get("example_value")
         if is_wrapped(example):
             raise Refused(f"a projection whose weight is wrapped: {type(example).__name__}")
@@ -174,14 +184,18 @@ def _weight(call: Call) -> Slot:
     return found
 
 
-def _placed(stream: Decoded, call: Call, leaf: Slot, made: Slot) -> _Part:
+def _placed(stream: Decoded, call: Call, made: Slot, views: list[Call]) -> _Part:
     """Where a stream [B, T, H, D] lies in a product [.., N]. Raises Refused unless its rows are the
     product's, in order, and the channels of a head neighbours.
     """
-    base = torch.empty_strided(leaf.shape, leaf.stride, device="meta")
-    view = stream.x.apply(base)
+    base = torch.empty_strided(made.shape, made.stride, device="meta")
+    tensors = {made: base}
+    for each in views:
+        outs = _done(each, tensors)
+        tensors |= zip(each.outs, (outs,) if isinstance(outs, torch.Tensor) else outs, strict=True)
+    view = stream.x.apply(tensors[stream.x.leaf.slot])
     if storage_key(view) != storage_key(base):
-        raise Refused("a projection that is copied or written before it is used")
+        raise Refused("a projection that is copied before it is used")
     width = int(made.shape[-1])
     batch, tokens, heads, channels = (int(n) for n in view.shape)
     strides = view.stride()
@@ -189,12 +203,19 @@ def _placed(stream: Decoded, call: Call, leaf: Slot, made: Slot) -> _Part:
     sizes = zip(view.shape, strides, expected, strict=True)
     if any(size != 1 and stride != wanted for size, stride, wanted in sizes):
         raise Refused("a projection that is regrouped before it is used")
-    first = int(leaf.offset) - int(made.offset) + view.storage_offset()
+    first = int(view.storage_offset())
     stride = int(strides[2]) if heads > 1 else channels
     inside = stride >= channels and first + (heads - 1) * stride + channels <= width
     if not made.is_dense() or product(made.shape[:-1]) != batch * tokens or not inside:
         raise Refused("a projection that is regrouped before it is used")
     return _Part(call, heads, channels, first, stride)
+
+
+def _done(call: Call, tensors: dict[Slot, torch.Tensor]) -> Any:
+    """What a call gives for these tensors."""
+    given = (call.args, call.kwargs)
+    args, kwargs = map_aggregate(given, lambda x: tensors[x] if isinstance(x, Slot) else x)
+    return call.op(*args, **kwargs)
 
 
 def _steps(part: _Part, weight: Slot) -> tuple[Step, ...]:

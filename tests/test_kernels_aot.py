@@ -26,6 +26,7 @@ pytestmark = pytest.mark.aot
 TARGETS = [("cuda", arch, 32) for arch in (80, 90, 100)]
 TARGETS += [("hip", arch, 64) for arch in ("gfx942", "gfx950")] + [("hip", "gfx1100", 32)]
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64"}
+POINTERS |= {torch.int32: "*i32"}
 POINTERS |= {torch.uint8: "*u8", torch.float8_e4m3fn: "*fp8e4nv", torch.float8_e5m2: "*fp8e5"}
 # One CUDA and one HIP target take every site, the others two of them.
 EVERYWHERE = ("qwen3", "gptj, partial")
@@ -57,7 +58,7 @@ def planned(case: Operands, symbolic: bool = False) -> launch.Launch:
 
 def source(plan: launch.Launch) -> ASTSource:
     """As Inductor compiles it: strides of 1 constant, multiples of 16 told, eps fp64."""
-    kernel = getattr(kernels, plan.kernel)
+    kernel = launch.kernel_of(plan.kernel)
     names = kernel.arg_names
     signature, constants, attributes = {}, {}, {}
     for i, name in enumerate(names):
@@ -128,8 +129,23 @@ def test_neighbours_and_halves_load_and_store_wide():
         assert "st.global.b16" not in ptx
 
 
-def written_arguments(kernel: Any, arguments: dict[str, Any]) -> set[str]:
-    """The arguments that Inductor's own analysis takes for written."""
+def written_arguments(plan: launch.Launch) -> set[str]:
+    """The pointers that Inductor's own analysis takes for written."""
+    driver = mock.Mock()
+    driver.get_current_target.return_value = GPUTarget("cuda", 90, 32)
+    with (
+        torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode,
+        mock.patch.object(triton.runtime.driver, "_active", driver),
+    ):
+        arguments = {
+            n: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x
+            for n, x in plan.arguments.items()
+        }
+        found = _analysed(launch.kernel_of(plan.kernel), {**arguments, **plan.constants})
+    return {n for n in found if n.endswith("_ptr")}
+
+
+def _analysed(kernel: Any, arguments: dict[str, Any]) -> set[str]:
     from torch._higher_order_ops import triton_kernel_wrap
 
     # 2.13 gives reads and writes, 2.11 the writes alone.
@@ -150,19 +166,7 @@ def test_inductor_sees_only_results_and_caches_as_written(name):
         written |= {"k_out_ptr"}
     if case.stores:
         written |= {f"{x}_ptr" for x in ("k_cache", "v_cache") if case.tensors[x] is not None}
-    driver = mock.Mock()
-    driver.get_current_target.return_value = GPUTarget("cuda", 90, 32)
-    with (
-        torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode,
-        mock.patch.object(triton.runtime.driver, "_active", driver),
-    ):
-        arguments = {
-            n: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x
-            for n, x in plan.arguments.items()
-        }
-        kernel = getattr(kernels, plan.kernel)
-        found = written_arguments(kernel, {**arguments, **plan.constants})
-    assert {n for n in found if n.endswith("_ptr")} == written
+    assert written_arguments(plan) == written
 
 
 def test_no_kernel_is_tuned_by_running_it():

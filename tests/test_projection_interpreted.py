@@ -1,0 +1,68 @@
+"""The projection's kernel in Triton's interpreter, which runs its programs one after the other.
+
+The interpreter is chosen when triton is imported, so the checks run in a process of their own: this
+file, run as a program.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.projected_sites import SHAPES, Block, Shape, errors, planned, tensors, truth
+from tests.test_kernels_interpreted import amid_nans
+
+pytestmark = pytest.mark.aot
+
+# Sums of up to 72 products in float32, and a rotation.
+CLOSE = 1e-6
+# Blocks that do not divide hidden sizes and channels, and others.
+BLOCKS = (None, Block(4, 16, 4, 1), Block(16, 32, 4, 1))
+
+
+def surrounded(shape: Shape) -> None:
+    """Whatever lies beside the operands is NaN, and counts for nothing."""
+    from fxfuse.lowering import direct
+
+    given = tensors(shape, torch.float32)
+    want = truth(shape, given)
+    for name in [n for n in given if n == "x" or "proj" in n]:
+        given[name] = amid_nans(given[name])
+    plan, results, _ = planned(shape, given, Block(4, 16, 4, 1))
+    direct.prepared(plan)()
+    for got, exact in zip((*results, given["k_cache"], given["v_cache"]), want, strict=True):
+        torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def main() -> None:
+    from fxfuse.lowering import direct
+
+    for name, shape in SHAPES.items():
+        for block in BLOCKS:
+            if shape.batch * shape.tokens > 1 and block is not None and block.rows < 16:
+                continue
+            found = errors(shape, torch.float32, lambda plan: direct.prepared(plan)(), block=block)
+            assert max(found) < CLOSE, (name, block, found)
+        print(name, "ok", flush=True)
+    for name in ("qwen3", "gptj, packed"):
+        surrounded(SHAPES[name])
+    print("done")
+
+
+def test_every_projected_site_in_the_interpreter() -> None:
+    pytest.importorskip("triton")
+    root = Path(__file__).parents[1]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}
+    done = subprocess.run(
+        [sys.executable, __file__], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0 and done.stdout.endswith("done\n"), done.stdout + done.stderr
+
+
+if __name__ == "__main__":
+    main()
