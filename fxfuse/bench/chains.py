@@ -6,6 +6,7 @@ positions are arguments. Each chain returns what attention reads and writes its 
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from torch.nn.functional import scaled_dot_product_attention as attention
 
 from fxfuse.bench.shapes import SECTIONS, Shape
@@ -121,6 +122,26 @@ class Prelude(Chain):
         self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, slots: Tensor,
         k_cache: Tensor, v_cache: Tensor,
     ) -> Tensor:  # fmt: skip
+        return self.prelude(q, k, v, cos, sin, slots, k_cache, v_cache)
+
+
+class Projected(Chain):
+    """Projections of x [B, 1, hidden] by weights [heads * D, hidden], and the prelude behind them,
+    as a decode step of transformers has them.
+    """
+
+    def __init__(self, shape: Shape, table: Tensor | None = None) -> None:
+        super().__init__(shape, table)
+        drawn = (torch.randn(width, dtype=torch.bfloat16) for width in shape.widths())
+        biases = [nn.Parameter(bias, requires_grad=False) for bias in drawn]
+        self.biases = nn.ParameterList(biases if shape.bias else [])
+
+    def forward(
+        self, x: Tensor, q_proj: Tensor, k_proj: Tensor, v_proj: Tensor, cos: Tensor, sin: Tensor,
+        slots: Tensor, k_cache: Tensor, v_cache: Tensor,
+    ) -> Tensor:  # fmt: skip
+        biases = [*self.biases] or [None] * 3
+        q, k, v = (linear(x, w, b) for w, b in zip((q_proj, k_proj, v_proj), biases, strict=True))
         return self.prelude(q, k, v, cos, sin, slots, k_cache, v_cache)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import fxfuse
-from fxfuse.bench.chains import NORMS, Chain, attended
+from fxfuse.bench.chains import NORMS, Chain, Projected, attended
 from fxfuse.bench.peers import PEERS, Peer
 from fxfuse.bench.recipes import RECIPES, Case
 
@@ -91,6 +91,24 @@ def two_kernels(streams: bool) -> Callable[[Case, Chain], Run]:
     return build
 
 
+def packed_product(case: Case, chain: Chain) -> Run:
+    """One product with the weights of q, k and v packed beforehand, then fxfuse's prelude."""
+    shape, packed = case.shape, {}
+    backend = fxfuse.Backend(disable=("projection",))
+    behind = torch.compile(chain.prelude, backend=backend, dynamic=False, fullgraph=True)
+    biases = [*chain.biases] if isinstance(chain, Projected) else []
+    bias = torch.cat(biases) if biases else None
+
+    def run(x: Tensor, q_proj: Tensor, k_proj: Tensor, v_proj: Tensor, *rest: Tensor) -> Outputs:
+        if (key := q_proj.data_ptr()) not in packed:
+            packed[key] = torch.cat((q_proj, k_proj, v_proj))
+        qkv = torch.nn.functional.linear(x, packed[key], bias)
+        made: Outputs = behind(*torch.split(qkv, shape.widths(), dim=-1), *rest)
+        return made
+
+    return run
+
+
 def _peer(recipes: dict[str, Peer]) -> Callable[[Case, Chain], Run]:
     return lambda case, chain: recipes[case.recipe](case, chain)
 
@@ -107,6 +125,7 @@ OPPONENTS = {
         # No CUDA graphs of its own: every opponent is captured alike.
         Opponent("max_autotune", compiled(options=TUNED)),
         Opponent("fxfuse", fused, ("cuda", "cpu")),
+        Opponent("packed_product", packed_product, recipes=frozenset({"projection"})),
         Opponent("two_kernels", two_kernels(streams=False), recipes=QK_NORM),
         Opponent("two_streams", two_kernels(streams=True), recipes=QK_NORM),
         *(

@@ -103,6 +103,19 @@ def _draw_prelude(case: Case, device: str, generator: torch.Generator) -> Inputs
     return Inputs(args, caches, slots, axis=2)
 
 
+def _draw_projected(case: Case, device: str, generator: torch.Generator) -> Inputs:
+    """A row of a batch for each of the case's tokens, at one slot."""
+    shape, batch = case.shape, case.tokens
+    draw = _normal(device, generator)
+    _, _, _, cos, sin, slots, *_ = _draw_prelude(
+        dataclasses.replace(case, tokens=1, layout="separate"), device, generator
+    ).args
+    weights = (draw(width, shape.hidden) * shape.hidden**-0.5 for width in shape.widths())
+    caches = tuple(draw(batch, shape.kv_heads, 1024, shape.head_dim) for _ in range(2))
+    args = (draw(batch, 1, shape.hidden), *weights, cos, sin, slots, *caches)
+    return Inputs(args, caches, slots, axis=2)
+
+
 def _draw_norm_rope(case: Case, device: str, generator: torch.Generator) -> Inputs:
     shape, t = case.shape, case.tokens
     draw = _normal(device, generator)
@@ -182,6 +195,16 @@ RECIPES = {
         looks_up=False,
         store=True,
         draw=_draw_prelude,
+    ),
+    "projection": Recipe(
+        shapes.PROJECTIONS,
+        (1, 2, 4, 8, 16),
+        {"separate": chains.Projected},
+        looks_up=False,
+        store=True,
+        draw=_draw_projected,
+        gate="always",
+        first=("projection",),
     ),
     "diffusion": Recipe(
         shapes.DIFFUSION,

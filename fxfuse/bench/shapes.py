@@ -13,6 +13,7 @@ class Shape:
               position), or ""
     rotary    R: channels of a head that turn, the first ones
     hidden    width of the model, for the products before and after a prelude; 0 where unknown
+    bias      whether the projections of q, k and v have one
     tokens    T of the rows that are run unless others are asked for; empty: the recipe's own
     carried   µs of SGLang's kernel by T, from another run on an H200 that copied CARRIED_COPY
     """
@@ -26,6 +27,7 @@ class Shape:
     rotary: int
     eps: float = 1e-6
     hidden: int = 0
+    bias: bool = False
     tokens: tuple[int, ...] = ()
     carried: Mapping[int, float] = dataclasses.field(default_factory=dict, hash=False)
 
@@ -43,6 +45,13 @@ PRELUDES = (
     Shape("Qwen3-0.6B", 16, 8, 128, "rms", "half", 128, hidden=1024),
     Shape("Gemma3-12B", 16, 8, 256, "gemma", "half", 256, hidden=3840),
     Shape("gpt-oss", 64, 8, 64, None, "chunk", 64, hidden=2880),
+)
+
+
+PROJECTIONS = (
+    *PRELUDES[:3],
+    Shape("gpt-oss", 64, 8, 64, None, "chunk", 64, hidden=2880, bias=True),
+    Shape("Llama-3.1-8B", 32, 8, 128, None, "half", 128, hidden=4096),
 )
 
 

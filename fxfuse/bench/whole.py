@@ -8,6 +8,7 @@ ms, kernels and compile seconds. Prefill and decode are compiled apart, each at 
 import dataclasses
 import functools
 import itertools
+import os
 import time
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -27,7 +28,13 @@ PROMPT, WARM_UP, TURN = 16, 6, 10
 # bfloat16 through many layers; garbage is near 1.4.
 LARGEST = 0.1
 PHASES = ("decode", "prefill")
-BACKENDS: dict[str, Any] = {"inductor": "inductor", "fxfuse": fxfuse.backend}
+# inductor_gqa: stock, with transformers told to keep heads grouped by a switch of its environment.
+BACKENDS: dict[str, Any] = {
+    "inductor": "inductor",
+    "inductor_gqa": "inductor",
+    "fxfuse": fxfuse.backend,
+}
+GROUPED = "TRANSFORMERS_SDPA_FORCE_GQA"
 
 
 # Backends by batch, and who is told of each row.
@@ -168,6 +175,8 @@ def _fill(rows: list[Whole], phase: Phase, eager: Any, args: Any, device: str, t
     timed: list[tuple[Whole, Any]] = []
     for row in rows:
         model = torch.compile(eager, backend=BACKENDS[row.backend], mode=mode)
+        if row.backend == "inductor_gqa":
+            model = _told_to_group(model)
         try:
             _check(row, phase, model, wanted, device)
             if row.wrong is None and not args.compile_only:
@@ -178,6 +187,19 @@ def _fill(rows: list[Whole], phase: Phase, eager: Any, args: Any, device: str, t
     _time(timed, phase, args.rounds, device)
     for row in rows:
         told(row)
+
+
+def _told_to_group(model: Any) -> Any:
+    """The model with transformers' switch for grouped heads on while it runs, and is traced."""
+
+    def run(**inputs: Any) -> Any:
+        os.environ[GROUPED] = "1"
+        try:
+            return model(**inputs)
+        finally:
+            del os.environ[GROUPED]
+
+    return run
 
 
 def _check(row: Whole, phase: Phase, model: Any, wanted: Tensor, device: str) -> None:
