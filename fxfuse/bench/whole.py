@@ -28,10 +28,11 @@ PROMPT, WARM_UP, TURN = 16, 6, 10
 # bfloat16 through many layers; garbage is near 1.4.
 LARGEST = 0.1
 PHASES = ("decode", "prefill")
-# inductor_gqa: stock, with transformers told to keep heads grouped by a switch of its environment.
+# inductor_gqa: stock, with transformers told to keep heads grouped by a switch of its environment;
+# a backend of another value, or torch would share what it compiled for the first.
 BACKENDS: dict[str, Any] = {
     "inductor": "inductor",
-    "inductor_gqa": "inductor",
+    "inductor_gqa": fxfuse.Backend(disable=("attention",)),
     "fxfuse": fxfuse.backend,
 }
 GROUPED = "TRANSFORMERS_SDPA_FORCE_GQA"
