@@ -133,15 +133,16 @@ class Projected(Chain):
     def __init__(self, shape: Shape, table: Tensor | None = None) -> None:
         super().__init__(shape, table)
         drawn = (torch.randn(width, dtype=torch.bfloat16) for width in shape.widths())
-        biases = [nn.Parameter(bias, requires_grad=False) for bias in drawn]
-        self.biases = nn.ParameterList(biases if shape.bias else [])
+        for name, bias in zip("qkv", drawn, strict=True):
+            kept = nn.Parameter(bias, requires_grad=False) if shape.bias else None
+            self.register_parameter(f"{name}_bias", kept)
 
     def forward(
         self, x: Tensor, q_proj: Tensor, k_proj: Tensor, v_proj: Tensor, cos: Tensor, sin: Tensor,
         slots: Tensor, k_cache: Tensor, v_cache: Tensor,
     ) -> Tensor:  # fmt: skip
-        biases = [*self.biases] or [None] * 3
-        q, k, v = (linear(x, w, b) for w, b in zip((q_proj, k_proj, v_proj), biases, strict=True))
+        weights = zip((q_proj, k_proj, v_proj), "qkv", strict=True)
+        q, k, v = (linear(x, w, getattr(self, f"{name}_bias")) for w, name in weights)
         return self.prelude(q, k, v, cos, sin, slots, k_cache, v_cache)
 
 

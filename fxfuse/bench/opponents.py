@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import fxfuse
-from fxfuse.bench.chains import NORMS, Chain, Projected, attended
+from fxfuse.bench.chains import NORMS, Chain, attended
 from fxfuse.bench.peers import PEERS, Peer
 from fxfuse.bench.recipes import RECIPES, Case
 
@@ -96,8 +96,7 @@ def packed_product(case: Case, chain: Chain) -> Run:
     shape, packed = case.shape, {}
     backend = fxfuse.Backend(disable=("projection",))
     behind = torch.compile(chain.prelude, backend=backend, dynamic=False, fullgraph=True)
-    biases = [*chain.biases] if isinstance(chain, Projected) else []
-    bias = torch.cat(biases) if biases else None
+    bias = torch.cat([getattr(chain, f"{name}_bias") for name in "qkv"]) if shape.bias else None
 
     def run(x: Tensor, q_proj: Tensor, k_proj: Tensor, v_proj: Tensor, *rest: Tensor) -> Outputs:
         if (key := q_proj.data_ptr()) not in packed:
