@@ -248,6 +248,6 @@ def test_the_gate_gives_what_was_measured() -> None:
         record = with_dtype(site(128, norm=NORM, store=cached(True)), dtype)
         return gate.decide(target, "projection", gate.Facts(rows, record)).fuse
 
-    assert fused("cuda", 1, "bfloat16")
+    assert fused("cuda", 1, "bfloat16") and fused("cuda", 16, "bfloat16")
     assert not fused("cuda", None, "bfloat16") and not fused("cuda", 17, "bfloat16")
     assert not fused("cuda", 1, "float32") and not fused("cpu", 1, "bfloat16")

@@ -48,7 +48,7 @@ def measure(
         run, figure = _checked(opponent, case, chain, fresh, wanted)
         row.figures[opponent.name] = figure
         report = fxfuse.last_report()
-        if report is not None and report is not before:
+        if opponent.name == "fxfuse" and report is not None and report is not before:
             row.fusion = fusion(case, report)
         if run is not None:
             runs[opponent.name] = run
