@@ -79,8 +79,8 @@ TABLE = (
     Entry("norm", "*", Decision(False, _AS_FAST)),
     Entry("add_rms_norm", "cuda", Decision(False, _AS_FAST, 0.97)),
     Entry("add_rms_norm", "*", Decision(False, _AS_FAST)),
-    # `fxfuse bench projection` (benchmarks/results): on an H200 against Inductor's best, 1.18 to 2.5
-    # with one row and 1.23 to 2.3 with 4 and 16.
+    # `fxfuse bench projection` (benchmarks/results): on an H200 against the best of Inductor,
+    # 1.18 to 2.5 with one row and 1.23 to 2.3 with 4 and 16.
     Entry("projection", "cuda", Decision(True, _ONE, 1.5), 1, _projected_bfloat16),
     Entry("projection", "cuda", Decision(True, _ONE, 1.6), 16, _projected_bfloat16),
     # `fxfuse bench grouped_heads` (benchmarks/results): on an H200 512 to 4,096 slots, 1.2 to 3.3

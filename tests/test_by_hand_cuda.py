@@ -48,7 +48,9 @@ def test_eager_code_gets_the_kernel(name: str, taken: list[str]) -> None:
                 continue  # these take their weights, or table, from the rows
         want = by_name(name, *given)
         got = by_name(name, *others)
-        assert len(taken) == 1, providers.PROVIDERS
+        # Nothing is stored of no token, and no kernel asked.
+        expected = 0 if tokens == 0 and "store" in name else 1
+        assert len(taken) == expected, providers.PROVIDERS
         taken.clear()
         torch.testing.assert_close([x.cpu() for x in got], list(want), **CLOSE)
         torch.testing.assert_close([x.cpu() for x in others[-2:]], list(given[-2:]), **CLOSE)
