@@ -1,7 +1,8 @@
-"""The op fxfuse::add_rms_norm: rows added up and normed over their whole width.
+"""The op fxfuse::add_rms_norm: rows added up and normed over their whole width; as a function, and
+as what it runs.
 
 In comes what a rewritten graph hands over: the addends, a weight and the record as text. Out come
-the sum and the normed rows. Importing this module defines the op.
+the sum and the normed rows. `fxfuse.schemas` defines the op.
 """
 
 import functools
@@ -11,13 +12,7 @@ import torch
 from torch import Tensor
 
 from fxfuse import ops, reference
-from fxfuse.ops import library
 from fxfuse.patterns.record import AddNorm
-
-ADD_RMS_NORM = (
-    "add_rms_norm(Tensor x, Tensor? residual, Tensor? second, Tensor? weight, float eps, "
-    "str record) -> (Tensor, Tensor)"
-)
 
 
 def add_rms_norm(
@@ -72,7 +67,7 @@ def empty_results(found: list[Tensor], record: AddNorm) -> tuple[Tensor, Tensor]
     return total, x.new_empty(x.shape, dtype=getattr(torch, record.dtype))
 
 
-def _run(
+def run_add_rms_norm(
     x: Tensor,
     residual: Tensor | None,
     second: Tensor | None,
@@ -94,14 +89,14 @@ def _run(
     return results
 
 
-def _fake(
+def fake_add_rms_norm(
     x: Tensor, residual: Tensor | None, second: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor]:
     record = read_record(rest[-1])
     return empty_results(_checked(record, x, residual, second), record)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, residual, second, weight, ctx.eps, text = inputs
     ctx.record = read_record(text)
     ctx.dtypes = [None if a is None else a.dtype for a in (x, residual, second)]
@@ -109,7 +104,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.save_for_backward(*addends, weight)
 
 
-def _backward(ctx: Any, sum_grad: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
+def backward(ctx: Any, sum_grad: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
     """With u = s * r: ds = r * (du - u * mean(du * u)), and what the sum's readers send back."""
     *addends, weight = ctx.saved_tensors
     record: AddNorm = ctx.record
@@ -126,9 +121,3 @@ def _backward(ctx: Any, sum_grad: Tensor, grad: Tensor) -> tuple[Tensor | None, 
         total = total + sum_grad
     grads = [None if dtype is None else total.to(dtype) for dtype in ctx.dtypes]
     return (*grads, weight_grad, None, None)
-
-
-library.define(ADD_RMS_NORM, tags=(torch.Tag.pt2_compliant_tag,))
-library.impl("add_rms_norm", _run, "CompositeExplicitAutograd")
-torch.library.register_fake("fxfuse::add_rms_norm", _fake, lib=library)
-torch.library.register_autograd("fxfuse::add_rms_norm", _backward, setup_context=_save, lib=library)

@@ -2,7 +2,7 @@
 
 In come q, k, v, tables, slots and caches as serving engines hold them; out come the results of one
 kernel. Each function is an op that torch decomposes into the fxfuse op of a record, so that eager
-code, torch.compile and gradients take it alike. Importing this module defines these ops.
+code, torch.compile and gradients take it alike; `fxfuse.schemas` defines these ops.
 """
 
 from collections.abc import Sequence
@@ -13,26 +13,6 @@ from torch import Tensor
 
 from fxfuse import by_hand_records as by
 from fxfuse.patterns.record import AddNorm, Layout, Norm, Record, Store, Stream
-
-_Q_K = (
-    "Tensor q, Tensor? k, Tensor? cos, Tensor? sin, Tensor? positions, Tensor? q_weight, "
-    "Tensor? k_weight, float q_eps, float k_eps, float weight_offset, bool normed, "
-    "bool interleaved, int? rotary_dim, int[] axes, bool heads_first"
-)
-QK_NORM_ROPE = f"qk_norm_rope_by_hand({_Q_K}) -> (Tensor, Tensor)"
-QK_NORM_ROPE_STORE_ = (
-    f"qk_norm_rope_store_by_hand_({_Q_K}, Tensor? v, Tensor slots, Tensor? offsets, "
-    "Tensor(a!) k_cache, Tensor(b!)? v_cache, Tensor? k_scale, Tensor? v_scale, str k_layout, "
-    "str v_layout, str scale, str cache_format, float clamp, str negative, bool keep_k) "
-    "-> (Tensor, Tensor)"
-)
-ADD_RMS_NORM = (
-    "add_rms_norm_by_hand(Tensor x, Tensor? residual, Tensor? second, Tensor? weight, float eps, "
-    "float weight_offset, bool keep_sum) -> (Tensor, Tensor)"
-)
-
-# Kept for the life of the process: a Library that is collected takes its ops with it.
-_library: Any = torch.library.Library("fxfuse", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 Eps = float | tuple[float, float]
 Two = tuple[Tensor, Tensor]
@@ -271,7 +251,7 @@ def _q_k(
     return (q, k, cos, sin, positions), *streams
 
 
-def _qk_norm_rope(
+def run_qk_norm_rope_by_hand(
     q: Tensor, k: Tensor | None, cos: Tensor | None, sin: Tensor | None, positions: Tensor | None,
     q_weight: Tensor | None, k_weight: Tensor | None, q_eps: float, k_eps: float,
     weight_offset: float, normed: bool, interleaved: bool, rotary_dim: int | None,
@@ -289,7 +269,7 @@ def _qk_norm_rope(
     return _as_given(results, unbatched)
 
 
-def _qk_norm_rope_store_(
+def run_qk_norm_rope_store_by_hand_(
     q: Tensor, k: Tensor | None, cos: Tensor | None, sin: Tensor | None, positions: Tensor | None,
     q_weight: Tensor | None, k_weight: Tensor | None, q_eps: float, k_eps: float,
     weight_offset: float, normed: bool, interleaved: bool, rotary_dim: int | None,
@@ -364,7 +344,7 @@ def _as_given(results: Two, unbatched: bool) -> Two:
     return (q.squeeze(0), k.squeeze(0) if k.dim() == 4 else k) if unbatched else (q, k)
 
 
-def _add_rms_norm(
+def run_add_rms_norm_by_hand(
     x: Tensor, residual: Tensor | None, second: Tensor | None, weight: Tensor | None, eps: float,
     weight_offset: float, keep_sum: bool,
 ) -> Two:  # fmt: skip
@@ -383,12 +363,3 @@ def _add_rms_norm(
         x, residual, second, weight, eps, record.to_text()
     )
     return results
-
-
-for _schema, _run in (
-    (QK_NORM_ROPE, _qk_norm_rope),
-    (QK_NORM_ROPE_STORE_, _qk_norm_rope_store_),
-    (ADD_RMS_NORM, _add_rms_norm),
-):
-    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(_schema.split("(")[0], _run, "CompositeImplicitAutograd")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxfuse import add_norm, ops, reference
+from fxfuse import add_norm, ops, reference, schemas
 from fxfuse.patterns.record import AddNorm, Layout, Record
 from fxfuse.reference_store import index_of
 
@@ -23,9 +23,9 @@ log = logging.getLogger(__name__)
 # The argument that a check hands on, so that the op stays behind its check, by the op's name.
 CARRIERS = {"norm_rope": 0, "norm_rope_store_": 12, "add_rms_norm": 0}
 SCHEMAS = {
-    "norm_rope": ops.NORM_ROPE,
-    "norm_rope_store_": ops.NORM_ROPE_STORE_,
-    "add_rms_norm": add_norm.ADD_RMS_NORM,
+    "norm_rope": schemas.NORM_ROPE,
+    "norm_rope_store_": schemas.NORM_ROPE_STORE_,
+    "add_rms_norm": schemas.ADD_RMS_NORM,
 }
 READERS: dict[str, Callable[[str], Record | AddNorm]] = {
     "norm_rope": ops.read_record,

@@ -1,22 +1,20 @@
-"""The entry: the backend torch.compile calls, and explain."""
+"""The entry: the backend torch.compile calls, and explain.
+
+What compiles is imported by the first compile, so that having a backend costs next to nothing.
+"""
 
 import dataclasses
-import functools
-import hashlib
-import pathlib
 import threading
-import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
-from fxfuse import torch_private
-from fxfuse.lowering import providers
-from fxfuse.passes import fuse_graph
-from fxfuse.report import Report, publish
 from fxfuse.settings import Settings, is_disabled
+
+if TYPE_CHECKING:
+    from fxfuse.report import Report
 
 _state = threading.local()
 
@@ -47,20 +45,13 @@ class Backend:
         options: dict[str, Any] | None = None,
     ) -> Any:
         """Compile one Dynamo graph. mode and options are Inductor's."""
+        from fxfuse import compiling
+
+        def compile_graph(fused: fx.GraphModule, tag: str) -> Any:
+            return self._compile(fused, list(example_inputs), mode, options, tag)
+
         self.was_disabled |= is_disabled()
-        while True:
-            fused, report = fuse_graph(gm, self.settings)
-            start, failures = time.perf_counter(), providers.failures()
-            tag = f"{source_tag()}-{choice_tag(report)}"
-            try:
-                compiled = self._compile(fused, list(example_inputs), mode, options, tag)
-                break
-            except Exception:
-                # A provider failed: its graph is done for, the next one is asked on a new copy.
-                if providers.failures() == failures:
-                    raise
-        report.milliseconds["compile"] = 1e3 * (time.perf_counter() - start)
-        publish(report)
+        compiled, report = compiling.compiled(gm, self.settings, compile_graph)
         for collected in getattr(_state, "collecting", ()):
             collected.add(report)
         return compiled
@@ -68,6 +59,9 @@ class Backend:
     def _compile(
         self, gm: fx.GraphModule, inputs: list[Any], mode: Any, options: Any, tag: str
     ) -> Any:
+        from fxfuse import torch_private
+        from fxfuse.lowering import providers
+
         if self.settings.compiler != "inductor":
             return torch_private.compile_with(self.settings.compiler, gm, inputs)
         providers.register()
@@ -76,6 +70,8 @@ class Backend:
 
     def reset(self) -> None:
         """Called by torch.compiler.reset()."""
+        from fxfuse import torch_private
+
         if self.settings.compiler == "inductor":
             torch_private.reset_inductor()
 
@@ -107,30 +103,9 @@ class Fresh(Backend):
         return self is other
 
 
-@functools.cache
-def source_tag() -> str:
-    """A digest of fxfuse's own sources, for the keys of Inductor's caches: a lowering is in no key
-    by itself.
-    """
-    digest = hashlib.sha256()
-    root = pathlib.Path(__file__).parent
-    for path in sorted(
-        p for folder in (".", "patterns", "lowering") for p in (root / folder).glob("*.py")
-    ):
-        digest.update(path.name.encode())
-        digest.update(path.read_bytes())
-    return f"fxfuse-{digest.hexdigest()[:16]}"
-
-
-def choice_tag(report: Report) -> str:
-    """A digest of the table of providers and of what was chosen from it, for the same keys."""
-    chosen = sorted({(site.op, site.provider) for site in report.fused})
-    return hashlib.sha256(f"{providers.table_tag()} {chosen}".encode()).hexdigest()[:16]
-
-
 def explain(
     model: Any, *args: Any, mode: str | None = None, compiler: Any = "inductor", **kwargs: Any
-) -> Report:
+) -> "Report":
     """Compile and run a model afresh and say what was fused, what was not, and why.
 
     Example:
@@ -140,6 +115,8 @@ def explain(
     `mode` and `compiler` are torch.compile's and Backend's; all else goes to the model, which is
     really run: a cache among the arguments is written to.
     """
+    from fxfuse.report import Report
+
     report = Report()
     collecting = _state.collecting = [*getattr(_state, "collecting", ()), report]
     try:

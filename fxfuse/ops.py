@@ -1,10 +1,10 @@
-"""The two fused ops, registered with torch.library: fxfuse::norm_rope and fxfuse::norm_rope_store_;
-and, of `fxfuse.by_hand`, the functions that call them without a record.
+"""The two fused ops, fxfuse::norm_rope and fxfuse::norm_rope_store_, as functions and as what they
+run; and, of `fxfuse.by_hand`, the functions that call them without a record.
 
 In comes what a rewritten graph hands over: q, k, v as views of their projections, weights, tables,
 slots, caches and the record as text. Out come q and k, in the memory order the record names.
-Importing this module defines the ops; compiled graphs get their kernels from `fxfuse.lowering`,
-eager code Triton's on a GPU where it takes the call, and else the reference.
+`fxfuse.schemas` defines the ops; compiled graphs get their kernels from `fxfuse.lowering`, eager
+code Triton's on a GPU where it takes the call, and else the reference.
 """
 
 import functools
@@ -13,24 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxfuse import gradients, reference
+from fxfuse import reference
 from fxfuse.by_hand import add_rms_norm, qk_norm, qk_norm_rope, qk_norm_rope_store_, rope
 from fxfuse.patterns.axes import by_token
 from fxfuse.patterns.record import AddNorm, Record, Stream
-
-NORM_ROPE = (
-    "norm_rope(Tensor q, Tensor? k, Tensor? q_weight, Tensor? k_weight, Tensor? q_bias, "
-    "Tensor? k_bias, Tensor? q_scale, Tensor? k_scale, Tensor? cos, Tensor? sin, "
-    "Tensor? positions, float q_eps, float k_eps, str record) "
-    "-> (Tensor, Tensor)"
-)
-NORM_ROPE_STORE_ = (
-    "norm_rope_store_(Tensor q, Tensor? k, Tensor? v, Tensor? q_weight, Tensor? k_weight, "
-    "Tensor? q_bias, Tensor? k_bias, Tensor? q_scale, Tensor? k_scale, Tensor? cos, Tensor? sin, "
-    "Tensor? positions, Tensor slots, Tensor? offsets, Tensor(a!) k_cache, Tensor(b!)? v_cache, "
-    "Tensor? k_cache_scale, Tensor? v_cache_scale, float q_eps, float k_eps, str record) "
-    "-> (Tensor, Tensor)"
-)
 
 __all__ = [
     "add_rms_norm",
@@ -44,9 +30,6 @@ __all__ = [
 
 # Where the positions stand behind q, k (and v) in both.
 POSITIONS = 8
-
-# Kept for the life of the process: a Library that is collected takes its ops with it.
-library: Any = torch.library.Library("fxfuse", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
 def norm_rope(
@@ -213,7 +196,7 @@ def _check_positions(positions: Tensor | None, record: Record) -> None:
     )
 
 
-def _norm_rope(q: Tensor, k: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+def run_norm_rope(q: Tensor, k: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     record = read_record(rest[-1])
     _check_row("q", q, record.q)
     _check_row("k", k, record.k)
@@ -224,7 +207,7 @@ def _norm_rope(q: Tensor, k: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]
     return _filled(q, k, reference.norm_rope(*(q, k, *rest[:-1], record)), record)
 
 
-def _norm_rope_store_(
+def run_norm_rope_store_(
     q: Tensor, k: Tensor | None, v: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor]:
     record = read_record(rest[-1])
@@ -262,7 +245,7 @@ def _filled(
     return q_out, k_out
 
 
-def _fake_norm_rope(q: Tensor, k: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+def fake_norm_rope(q: Tensor, k: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
     record = read_record(rest[-1])
     _check_row("q", q, record.q)
     _check_row("k", k, record.k)
@@ -270,22 +253,8 @@ def _fake_norm_rope(q: Tensor, k: Tensor | None, *rest: Any) -> tuple[Tensor, Te
     return empty_results(q, k, record)
 
 
-def _fake_norm_rope_store_(
+def fake_norm_rope_store_(
     q: Tensor, k: Tensor | None, v: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor]:
     _check_row("v", v, read_record(rest[-1]).v)
-    return _fake_norm_rope(q, k, *rest)
-
-
-def _define(schema: str, run: Any, fake: Any) -> None:
-    name = schema.split("(")[0]
-    library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    library.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fxfuse::{name}", fake, lib=library)
-
-
-_define(NORM_ROPE, _norm_rope, _fake_norm_rope)
-_define(NORM_ROPE_STORE_, _norm_rope_store_, _fake_norm_rope_store_)
-torch.library.register_autograd(
-    "fxfuse::norm_rope", gradients.backward, setup_context=gradients.save, lib=library
-)
+    return fake_norm_rope(q, k, *rest)

@@ -14,7 +14,7 @@ from torch import fx
 from fxfuse.checkpointed import checkpointed, with_bodies
 from fxfuse.functional import without_own_writes
 from fxfuse.lens import look
-from fxfuse.lowering import gate, targets  # noqa: F401  targets enters our own providers
+from fxfuse.lowering import gate
 from fxfuse.lowering.providers import Choice, Facts, choose, named
 from fxfuse.patterns.plan import plan
 from fxfuse.patterns.read import read

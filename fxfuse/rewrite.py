@@ -12,9 +12,6 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import fxfuse.add_norm
-import fxfuse.ops
-import fxfuse.projection  # noqa: F401  these three define the ops that are called here
 from fxfuse.patterns.plan import Plan
 from fxfuse.patterns.site import (
     Access,

@@ -42,6 +42,7 @@ class NoTriton:
             raise ModuleNotFoundError("triton is not installed", name=name)
 
 sys.meta_path.insert(0, NoTriton())
+from fxfuse import *
 import fxfuse
 print(fxfuse.__file__)
 """

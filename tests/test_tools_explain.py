@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from torch._dynamo.utils import counters
 
 import fxfuse
 from fxfuse import cli
@@ -44,6 +45,7 @@ print("ran with", *sys.argv[1:], __name__)
 @pytest.fixture(autouse=True)
 def _fresh() -> None:
     torch._dynamo.reset()
+    counters.clear()
 
 
 def explained(*words: str | Path) -> int:
@@ -66,6 +68,7 @@ def stages(data: dict[str, Any]) -> list[str]:
 
 def test_a_class_is_built_tiny(capsys: pytest.CaptureFixture[str]) -> None:
     data = told(capsys, "Qwen3")
+    assert not counters["inductor"] and not counters["aot_autograd"]
     assert stages(data) == ["rms_norm + rope + store(k,v)"] * 2 + ["grouped_heads"] * 2
     assert data["what"] == (
         "Qwen3ForCausalLM, tiny, random weights, 2 layers, float32, cpu, "

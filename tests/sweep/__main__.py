@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import transformers
 
-from fxfuse.entry import source_tag
+from fxfuse.compiling import source_tag
 from fxfuse.tiny.units import architectures, transformers_units, units_of
 from tests.sweep import coverage, expected
 from tests.sweep.measure import Plan

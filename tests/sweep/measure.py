@@ -21,7 +21,7 @@ from torch._inductor.graph import GraphLowering
 from torch._inductor.utils import fresh_cache
 
 import fxfuse
-from fxfuse.entry import source_tag
+from fxfuse.compiling import source_tag
 from fxfuse.patterns.record import Record
 from fxfuse.report import Report
 from tests.sweep.build import Example, example_of, unit_named
