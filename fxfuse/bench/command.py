@@ -2,6 +2,7 @@
 
 import argparse
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from fxfuse.bench import (
@@ -15,6 +16,7 @@ from fxfuse.bench import (
     timing,
     whole_command,
 )
+from fxfuse.progress import progress
 
 EPILOG = """examples:
   fxfuse bench prelude --json prelude.json --plot prelude.png
@@ -55,25 +57,33 @@ def run(args: argparse.Namespace) -> int:
     i, n = args.shard
     cases = recipes.cases(args.recipe, device, args.tokens, args.only, args.layout)
     if args.compile_only:
-        for case, opponent in [(c, o) for c in cases for o in chosen][i::n]:
-            seconds = measure.compile_only(case, device, opponent)
-            print(f"{case.shape.name} T={case.tokens} {opponent.name}: {seconds:.1f} s", flush=True)
+        _compile([(c, o) for c in cases for o in chosen][i::n], device)
         return 0
     found = rows.started(
         device, timing.copy_bytes_per_us(device), timing.smallest_kernel_us(device)
     )
     print(show.head(found), flush=True)
-    for case in cases[i::n]:
-        start = time.perf_counter()
-        row = measure.measure(case, device, chosen, args.rounds, found.copy_bytes_per_us)
-        found.rows.append(row)
-        cells = show.line(row, found.copy_bytes_per_us)
-        told = "  ".join(f"{name}={cell}" for name, cell in cells.items() if cell)
-        print(f"{told}  ({time.perf_counter() - start:.1f} s)", flush=True)
-        # After every row: what a time limit cuts off is not lost.
-        if args.json:
-            found.write(args.json)
+    with progress(len(cases[i::n])) as begin:
+        for case in cases[i::n]:
+            begin(f"{case.shape.name} T={case.tokens}")
+            start = time.perf_counter()
+            row = measure.measure(case, device, chosen, args.rounds, found.copy_bytes_per_us)
+            found.rows.append(row)
+            cells = show.line(row, found.copy_bytes_per_us)
+            told = "  ".join(f"{name}={cell}" for name, cell in cells.items() if cell)
+            print(f"{told}  ({time.perf_counter() - start:.1f} s)", flush=True)
+            # After every row: what a time limit cuts off is not lost.
+            if args.json:
+                found.write(args.json)
     show.results(found)
     if args.plot:
         plot.write(found, args.plot)
     return int(any(figure.wrong for row in found.rows for figure in row.figures.values()))
+
+
+def _compile(pairs: Sequence[tuple[recipes.Case, opponents.Opponent]], device: str) -> None:
+    with progress(len(pairs)) as begin:
+        for case, opponent in pairs:
+            name = f"{case.shape.name} T={case.tokens} {opponent.name}"
+            begin(name)
+            print(f"{name}: {measure.compile_only(case, device, opponent):.1f} s", flush=True)

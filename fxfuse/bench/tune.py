@@ -21,6 +21,7 @@ from fxfuse.bench.shapes import DIFFUSION, PRELUDES, ROPE_STORE, Shape
 from fxfuse.lowering import launch
 from fxfuse.lowering.tiles import Tile
 from fxfuse.patterns.record import Layout, Norm, Pair, Pass, Record, Rotation, Store, Stream
+from fxfuse.progress import progress
 
 SHAPES = (*PRELUDES, DIFFUSION[0], ROPE_STORE[1])
 TOKENS = (1, 16, 64, 256, 4096, 16384)
@@ -109,16 +110,19 @@ def run(args: argparse.Namespace) -> int:
         raise SystemExit("fxfuse tune needs a CUDA or ROCm GPU")
     found: dict[tuple[int, int], list[dict[Tile, float]]] = {}
     told: list[dict[str, Any]] = []
-    for shape, tokens in itertools.product(SHAPES, args.tokens):
-        times = timed(shape, tokens, args.rounds)
-        found.setdefault((launch.widest_run(record_of(shape).q), tokens), []).append(times)
-        best = sorted(times, key=times.__getitem__)[:5]
-        cells = "  ".join(f"{dataclasses.astuple(t)} {times[t]:.2f}" for t in best)
-        print(f"{shape.name} T={tokens}: {cells}", flush=True)
-        rows = [{**dataclasses.asdict(t), "us": us} for t, us in times.items()]
-        told.append({"shape": shape.name, "tokens": tokens, "tiles": rows})
-        if args.json:
-            args.json.write_text(json.dumps(told, indent=1) + "\n")
+    cases = list(itertools.product(SHAPES, args.tokens))
+    with progress(len(cases)) as begin:
+        for shape, tokens in cases:
+            begin(f"{shape.name} T={tokens}")
+            times = timed(shape, tokens, args.rounds)
+            found.setdefault((launch.widest_run(record_of(shape).q), tokens), []).append(times)
+            best = sorted(times, key=times.__getitem__)[:5]
+            cells = "  ".join(f"{dataclasses.astuple(t)} {times[t]:.2f}" for t in best)
+            print(f"{shape.name} T={tokens}: {cells}", flush=True)
+            rows = [{**dataclasses.asdict(t), "us": us} for t, us in times.items()]
+            told.append({"shape": shape.name, "tokens": tokens, "tiles": rows})
+            if args.json:
+                args.json.write_text(json.dumps(told, indent=1) + "\n")
     for (width, tokens), every in sorted(found.items()):
         tile, loss = least_loss(every)
         print(

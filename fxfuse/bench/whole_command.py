@@ -9,6 +9,7 @@ from typing import Any
 from fxfuse.bench import arguments, rows, show, timing, whole
 from fxfuse.bench.models import MODELS
 from fxfuse.bench.whole import Plan, Whole
+from fxfuse.progress import progress
 
 DENOISE = "Flux"
 
@@ -48,11 +49,14 @@ def run(args: argparse.Namespace) -> int:
         if args.json and not args.compile_only:
             args.json.write_text(json.dumps(_data(found, done), indent=1) + "\n")
 
-    for name, plan in plans(args).items():
-        if name == DENOISE:
-            whole.denoise(plan, args, device, told)
-        else:
-            whole.measure(MODELS[name], plan, args, device, told)
+    asked = plans(args)
+    with progress(len(asked)) as begin:
+        for name, plan in asked.items():
+            begin(name)
+            if name == DENOISE:
+                whole.denoise(plan, args, device, told)
+            else:
+                whole.measure(MODELS[name], plan, args, device, told)
     if not args.compile_only:
         show.table([line(row, done) for row in done], f"{show.head(found)}; {args.mode}")
     return int(any(row.wrong for row in done))

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from fxfuse.entry import Fresh
+from fxfuse.progress import progress
 from fxfuse.report import Report, collected
 from fxfuse.settings import FxfuseError
 from fxfuse.tools import models, script
@@ -52,13 +53,15 @@ def run(args: argparse.Namespace) -> int:
         return _run_script(args)
     if args.arguments:
         raise FxfuseError(f"arguments {' '.join(args.arguments)} are for scripts only")
-    given = models.given(args)
-    arguments, call = given.call(args.cache, args.tokens)
     args.compiler = args.compiler or "eager"
-    backend = BACKENDS[args.compiler]()
-    with collected() as report, torch.no_grad():
-        model: Any = torch.compile(given.model, backend=backend)
-        model(**arguments)
+    with progress(2) as begin:
+        begin(f"making {args.model}")
+        given = models.given(args)
+        arguments, call = given.call(args.cache, args.tokens)
+        begin("compiling and running it")
+        model: Any = torch.compile(given.model, backend=BACKENDS[args.compiler]())
+        with collected() as report, torch.no_grad():
+            model(**arguments)
     _print(f"{given.name}, {call}", report, args)
     return 0
 
