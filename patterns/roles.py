@@ -156,21 +156,22 @@ def entries_of(parts: Parts, start: int) -> list[list[Entry]]:
     count = len(parts.value.terms[0].coefficients)
     result: list[list[Entry]] = [[] for _ in range(count)]
     for term, x, table in zip(parts.value.terms, parts.x, parts.tables, strict=True):
+        walked = channel_axes(parts, table.leaf) if table else ()
         for i, c in enumerate(term.coefficients):
             if c:
-                place = _place(parts, table, i) if table else 0
+                place = _place(table, walked, i) if table else 0
                 channel = x.axes[-1].offsets[i] - start
                 leaf = table.leaf if table else None
                 result[i].append(Entry(real(c), channel, leaf, place))
     return result
 
 
-def _place(parts: Parts, table: Factor, i: int) -> int:
+def _place(table: Factor, channels: tuple[int, ...], i: int) -> int:
     """The table's channel, row-major over its channel axes; a complex table is read as its real
     view, real and imaginary parts in turn.
     """
     place = 0
-    for j in channel_axes(parts, table.leaf):
+    for j in channels:
         size = table.leaf.shape[j]
         if not isinstance(size, int):
             raise Refused("a table of unknown width")
