@@ -6,7 +6,7 @@ code, torch.compile and gradients take it alike; `fxfuse.schemas` defines these 
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from fxfuse.patterns.record import AddNorm, Layout, Norm, Record, Store, Stream
 
 Eps = float | tuple[float, float]
 Two = tuple[Tensor, Tensor]
+Each = TypeVar("Each", float, str)
 
 
 def qk_norm_rope(
@@ -151,11 +152,10 @@ def qk_norm_rope_store_(
     Errors: as qk_norm_rope, and ValueError where gradients are needed, before anything is written.
     Source: transformers' StaticCache; slot maps and split layouts of paged attention (vLLM, aiter).
     """
-    k_layout, v_layout = (layout, layout) if isinstance(layout, str) else layout
     q_out, k_out = torch.ops.fxfuse.qk_norm_rope_store_by_hand_(
         q, k, cos, sin, positions, q_weight, k_weight, *_both(0.0 if eps is None else eps),
         weight_offset, eps is not None, interleaved, rotary_dim, axes, heads_first,
-        v, slots, offsets, k_cache, v_cache, k_scale, v_scale, k_layout, v_layout, scale,
+        v, slots, offsets, k_cache, v_cache, k_scale, v_scale, *_both(layout), scale,
         cache_format, clamp, negative, keep_k,
     )  # fmt: skip
     return q_out, k_out if keep_k else None
@@ -192,8 +192,8 @@ def add_rms_norm(
     return total if keep_sum else x, y
 
 
-def _both(eps: Eps) -> tuple[float, float]:
-    return eps if isinstance(eps, tuple) else (eps, eps)
+def _both(given: Each | tuple[Each, Each]) -> tuple[Each, Each]:
+    return given if isinstance(given, tuple) else (given, given)
 
 
 def _called(

@@ -165,12 +165,7 @@ def register_provider(
         already.
     """
     wanted = frozenset(ops)
-    if not name.isidentifier():
-        raise FxfuseError(f"fxfuse.register_provider: name is {name!r}, wanted an identifier")
-    if not wanted or not wanted <= set(OPS):
-        raise FxfuseError(
-            f"fxfuse.register_provider: ops are {sorted(wanted)}, wanted some of {', '.join(OPS)}"
-        )
+    _check(name, wanted)
     if (run is None) == (lower is None):
         raise FxfuseError("fxfuse.register_provider: wanted run, or lower in its place")
     code = f"{_source(run or lower)}{_source(declines)}" if version is None else version
@@ -180,15 +175,28 @@ def register_provider(
         lower = opaque.entered(f"{name}_{digest}", wanted, run, lambda *what: drop(provider, *what))
     assert lower is not None
     provider = Provider(name, wanted, placed, declines, lower, digest)
+    _enter(provider)
+    return provider
+
+
+def _enter(provider: Provider) -> None:
     with _lock:
         for other in PROVIDERS:
-            if other.name == name and other.ops & wanted:
+            if other.name == provider.name and other.ops & provider.ops:
                 raise FxfuseError(
-                    f"fxfuse.register_provider: {name} is registered for "
-                    f"{', '.join(sorted(other.ops & wanted))}; remove() that one first"
+                    f"fxfuse.register_provider: {provider.name} is registered for "
+                    f"{', '.join(sorted(other.ops & provider.ops))}; remove() that one first"
                 )
         PROVIDERS.insert(0, provider)
-    return provider
+
+
+def _check(name: str, ops: frozenset[str]) -> None:
+    if not name.isidentifier():
+        raise FxfuseError(f"fxfuse.register_provider: name is {name!r}, wanted an identifier")
+    if not ops or not ops <= set(OPS):
+        raise FxfuseError(
+            f"fxfuse.register_provider: ops are {sorted(ops)}, wanted some of {', '.join(OPS)}"
+        )
 
 
 def _source(function: Any) -> str:

@@ -181,33 +181,41 @@ def register_store(
     Mutates: the table of cache writes; the end of a `with` takes the entry out again.
     Errors: FxfuseError for arguments that the op has not, and for letters that say nothing.
     """
-    if op._schema.returns:
-        raise FxfuseError(f"fxfuse.register_store: {op} returns something, wanted nothing")
-    names = {a.name for a in op._schema.arguments}
     said = [key, value, key_cache, value_cache, slots, offsets, key_scale, value_scale]
-    for name in [*said, *(when or {})]:
-        if name is not None and name not in names:
-            raise FxfuseError(
-                f"fxfuse.register_store: {op} has no argument {name}, it has {sorted(names)}"
-            )
+    _check_op(op, [*(name for name in said if name is not None), *(when or {})])
     if (value is None) != (value_cache is None):
         raise FxfuseError("fxfuse.register_store: wanted value and value_cache, or neither")
     other = value_layout or layout
-    for axes in (layout, other):
+    _check_axes(layout, other)
+    entry = CacheOp(
+        op, key, key_cache, slots, value, value_cache, offsets, layout, other, negative,
+        key_scale, value_scale, scale, format, limit, tuple((when or {}).items()),
+    )  # fmt: skip
+    LAYOUTS[op] = entry.read
+    return _until_end(op)
+
+
+def _check_op(op: Any, said: list[str]) -> None:
+    if op in LAYOUTS:
+        raise FxfuseError(f"fxfuse.register_store: {op} is registered already")
+    if op._schema.returns:
+        raise FxfuseError(f"fxfuse.register_store: {op} returns something, wanted nothing")
+    names = {a.name for a in op._schema.arguments}
+    for name in said:
+        if name not in names:
+            raise FxfuseError(
+                f"fxfuse.register_store: {op} has no argument {name}, it has {sorted(names)}"
+            )
+
+
+def _check_axes(*layouts: str) -> None:
+    for axes in layouts:
         digits = sorted(x for x in axes if x.isdigit())
         whole = digits == [str(i) for i in range(len(digits))] and len(set(axes)) == len(axes)
         if not set(axes) <= LETTERS or not digits or not {"h", "d"} <= set(axes) or not whole:
             raise FxfuseError(
                 f"fxfuse.register_store: layout {axes!r}, wanted h, d and 0, perhaps 1, 2 and e"
             )
-    entry = CacheOp(
-        op, key, key_cache, slots, value, value_cache, offsets, layout, other, negative,
-        key_scale, value_scale, scale, format, limit, tuple((when or {}).items()),
-    )  # fmt: skip
-    if op in LAYOUTS:
-        raise FxfuseError(f"fxfuse.register_store: {op} is registered already")
-    LAYOUTS[op] = entry.read
-    return _until_end(op)
 
 
 @contextlib.contextmanager
