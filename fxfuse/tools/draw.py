@@ -59,14 +59,7 @@ class Seeing(Fresh):
     layers: tuple[list[Box], list[Box]] = ([], [])
     report: Report | None = None
 
-    def __call__(
-        self,
-        gm: fx.GraphModule,
-        example_inputs: Sequence[Any],
-        *,
-        mode: str | None = None,
-        options: dict[str, Any] | None = None,
-    ) -> Any:
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **asked: Any) -> Any:
         fused, report = fuse_graph(gm, self.settings)
         sites = [site for site in report.fused if site.op.startswith("fxfuse::")]
         if self.report is None and sites:
