@@ -37,6 +37,11 @@ def both(call: Any, *caches: Any) -> None:
             torch.testing.assert_close(a.double(), b, **CLOSE)
 
 
+def summed(dtype: torch.dtype) -> Any:
+    x = draw(T, 48, dtype=dtype)
+    return ops.add_rms_norm(x, None, x.flip(0), draw(96, dtype=dtype)[::2], 1e-5, 1.0)
+
+
 def main() -> None:
     from fxfuse.lowering import eager, providers
 
@@ -86,11 +91,6 @@ def main() -> None:
                 )  # fmt: skip
 
             both(store, *canaries(k_shape, v_shape, dtype=torch.float32))
-
-    def summed(dtype: torch.dtype) -> Any:
-        x = draw(T, 48, dtype=dtype)
-        return ops.add_rms_norm(x, None, x.flip(0), draw(96, dtype=dtype)[::2], 1e-5, 1.0)
-
     both(summed)
     assert set(taken) == {"norm_rope", "norm_rope_store_", "add_rms_norm"}
     assert not providers.failures()

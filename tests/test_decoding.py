@@ -207,7 +207,11 @@ def test_a_k_alone_with_operands_by_head(statistic: Any) -> None:
 
     toy = Layer(by_index_copy, wide=statistic is None)
     toy.norm = norm
-    toy.rotate = lambda q, k, cos, sin: (q.tanh(), llama(k, cos, sin))  # type: ignore[method-assign]
+
+    def rotate(q, k, cos, sin):
+        return q.tanh(), llama(k, cos, sin)
+
+    toy.rotate = rotate  # type: ignore[method-assign]
     assert stages(check(toy)) == ["store(k,v)"]
 
 

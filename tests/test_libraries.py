@@ -209,7 +209,8 @@ def test_what_is_taken_equals_the_op_and_what_is_not_has_a_reason(
         # Whichever rounding decided, the numbers say the same.
         kernel = next(k for k in kernels if k.offset == norm.weight_offset)
         rows = [None if t is None else t.reshape(-1, 200) for t in (given["x"], given["residual"])]
-        want_sum, want = reference.add_rms_norm(*given.values(), 1e-5, record)  # type: ignore[arg-type]
+        call: Any = (*given.values(), 1e-5, record)
+        want_sum, want = reference.add_rms_norm(*call)
         total, got = kernel.call(*rows, given["weight"], 1e-5)
         assert libraries._rounds_alike(got, want.reshape(-1, 200)) == (reason is None)
         assert total is None or torch.equal(total, want_sum.reshape(-1, 200))

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.blocked import without
+
 ROOT = Path(__file__).resolve().parents[1]
 
 FUSE_A_TOY = """
@@ -34,14 +36,6 @@ print(fxfuse.__file__)
 """
 
 IMPORT_WITHOUT_TRITON = """
-import sys
-
-class NoTriton:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "triton":
-            raise ModuleNotFoundError("triton is not installed", name=name)
-
-sys.meta_path.insert(0, NoTriton())
 from fxfuse import *
 import fxfuse
 print(fxfuse.__file__)
@@ -147,5 +141,11 @@ def test_a_bare_checkout_imports(tmp_path: Path) -> None:
 
 
 def test_it_imports_without_triton(tmp_path: Path) -> None:
-    where = run(sys.executable, "-c", IMPORT_WITHOUT_TRITON, cwd=tmp_path, PYTHONPATH=str(ROOT))
+    where = run(
+        sys.executable,
+        "-c",
+        without("triton") + IMPORT_WITHOUT_TRITON,
+        cwd=tmp_path,
+        PYTHONPATH=str(ROOT),
+    )
     assert Path(where.strip()) == ROOT / "fxfuse" / "__init__.py"

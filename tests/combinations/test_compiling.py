@@ -21,6 +21,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.utils import fresh_cache
 
 import fxfuse
+from tests.blocked import without
 from tests.models.families import FAMILIES
 from tests.models.tiny import assert_close, build, token_ids
 from tests.spellings import rsqrt
@@ -160,14 +161,6 @@ def test_cache_artifacts_are_saved_and_loaded(tmp_path: Path) -> None:
 # --- without Triton ----------------------------------------------------------------------------
 
 WITHOUT_TRITON = """
-import sys
-
-class NoTriton:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "triton":
-            raise ModuleNotFoundError("triton is not installed", name=name)
-
-sys.meta_path.insert(0, NoTriton())
 import json
 import torch
 import fxfuse
@@ -187,7 +180,11 @@ print(json.dumps([(f.op, f.provider) for f in fxfuse.last_report().fused]))
 def test_a_python_without_triton_compiles(tmp_path: Path) -> None:
     env = os.environ | {"PYTHONPATH": str(ROOT), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_TRITON], env=env, cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-c", without("triton") + WITHOUT_TRITON],
+        env=env,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     fused = json.loads(done.stdout.splitlines()[-1])
