@@ -145,9 +145,13 @@ def test_sums(run: Any, wanted: list[tuple[int, bool]]) -> None:
     assert sums(run) == wanted
 
 
-@pytest.mark.parametrize("run", [twice_itself, four_times_itself, normed_twice])
-def test_sums_of_which_only_the_result_matters(run: Any) -> None:
-    sums(run)
+@pytest.mark.parametrize(
+    ("run", "wanted"),
+    [(twice_itself, []), (four_times_itself, []), (normed_twice, [(2, True)] * 2)],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_sums_of_one_tensor(run: Any, wanted: list[tuple[int, bool]]) -> None:
+    assert sums(run) == wanted
 
 
 def test_a_sum_of_two_dtypes_is_rounded_as_the_graph_rounds_it() -> None:
@@ -254,7 +258,8 @@ def test_what_looks_like_a_norm_and_is_not(run: Any) -> None:
     "run", [of_the_next_row, turned_channels, of_deviations, gated], ids=lambda f: f.__name__
 )
 def test_what_is_a_norm_in_part_has_eagers_result(run: Any) -> None:
-    compiled(Residual(run), hidden_states(), strict=True)
+    report = compiled(Residual(run), hidden_states(), strict=True)
+    assert len(report.fused) == (run is gated)
 
 
 def test_a_weight_that_comes_too_late() -> None:

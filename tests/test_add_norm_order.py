@@ -70,7 +70,8 @@ WRITES += [written_through_a_view, added_in_place]
 
 @pytest.mark.parametrize("run", WRITES, ids=lambda f: f.__name__)
 def test_writes_in_between_keep_their_order(run: Any) -> None:
-    compiled(Residual(run), hidden_states(), hidden_states(seed=2), strict=True)
+    report = compiled(Residual(run), hidden_states(), hidden_states(seed=2), strict=True)
+    assert len(report.fused) == (run in (written_after, written_addend))
 
 
 # --- gradients ---------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import fxfuse
 from tests.sites import LOOKED_UP, NORM, SITES, Operands, cached, halves, neighbours, operands, site
 from tests.test_flat import Rotated, returned
 from tests.test_head_sizes import GROUPS, HEAD_SIZES, Latent
-from tests.test_kernels_cuda import agree, compiled, fresh_dynamo, registered  # noqa: F401
+from tests.test_kernels_cuda import assert_agree, compiled, fresh_dynamo, registered  # noqa: F401
 from tests.test_kernels_interpreted import without_neighbours
 
 pytestmark = [
@@ -31,7 +31,7 @@ def test_a_turned_half_of_many_heads_is_the_same_six_times(
     case = operands("half", 1, 4096, heads=64, kv_heads=8, dtype=BF16, device="cuda")
     before, run = case.copy(), compiled(case)
     results = run(list(case.arguments()))
-    agree(case, results, before)
+    assert_agree(case, results, before)
     for _ in range(5):
         assert all(map(torch.equal, run(list(case.arguments())), results))
 
@@ -46,7 +46,7 @@ def test_every_head_size(rope: Any, channels: int, monkeypatch: pytest.MonkeyPat
         case = operands("sized", **sizes, dtype=BF16, device="cuda")
         before = case.copy()
         torch._dynamo.reset()
-        agree(case, compiled(case, dynamic=False)(list(case.arguments())), before)
+        assert_agree(case, compiled(case, dynamic=False)(list(case.arguments())), before)
 
 
 @pytest.mark.parametrize("name", [*LOOKED_UP, "gptj, partial", "middle"])
@@ -54,7 +54,7 @@ def test_nothing_past_an_operand_is_read(name: str) -> None:
     """The last row of a table stands before NaN; so does each gap between heads."""
     case = without_neighbours(operands(name, tokens=5, slots=32, dtype=BF16, device="cuda"))
     before = case.copy()
-    agree(case, compiled(case)(list(case.arguments())), before)
+    assert_agree(case, compiled(case)(list(case.arguments())), before)
 
 
 def test_replays_of_a_cuda_graph_are_bitwise_equal() -> None:

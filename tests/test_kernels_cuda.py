@@ -41,7 +41,7 @@ def error(got: torch.Tensor, want: torch.Tensor) -> float:
     return float((got.double() - want).square().mean().sqrt())
 
 
-def agree(case: Operands, results, before: Operands) -> None:
+def assert_agree(case: Operands, results, before: Operands) -> None:
     assert providers.chosen and all(c.provider == "triton" for c in providers.chosen)
     wide, wanted = before.exact()
     eager = before.op()(*before.arguments())
@@ -64,7 +64,7 @@ def agree(case: Operands, results, before: Operands) -> None:
 def test_error_is_within_that_of_the_plain_path(name, dtype):
     case = operands(name, heads=16, kv_heads=8, tokens=7, slots=32, dtype=dtype, device="cuda")
     before = case.copy()
-    agree(case, compiled(case)(list(case.arguments())), before)
+    assert_agree(case, compiled(case)(list(case.arguments())), before)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
@@ -82,7 +82,7 @@ def test_any_shape(name, batch, tokens, heads, kv_heads, dtype):
     torch._dynamo.reset()
     results = compiled(case, dynamic=False)(list(case.arguments()))
     if results[0].numel():
-        agree(case, results, before)
+        assert_agree(case, results, before)
 
 
 @pytest.mark.parametrize("name", ["qwen3", "flat cache by position", "mrope"])
@@ -90,7 +90,7 @@ def test_through_the_cpp_wrapper(name):
     case = operands(name, tokens=5, slots=32, dtype=torch.bfloat16, device="cuda")
     before = case.copy()
     run = compiled(case, options={"cpp_wrapper": True})
-    agree(case, run(list(case.arguments())), before)
+    assert_agree(case, run(list(case.arguments())), before)
 
 
 def test_two_runs_are_bitwise_equal():
@@ -114,7 +114,7 @@ def test_one_kernel_for_every_number_of_tokens(numbers):
             torch._dynamo.mark_dynamic(case.tensors[name], 1)
         torch._dynamo.mark_dynamic(case.tensors["slots"], 1)
         run = run or compiled(case, backend=counter)
-        agree(case, run(list(case.arguments())), before)
+        assert_agree(case, run(list(case.arguments())), before)
     assert counter.frame_count == 1
 
 
@@ -155,5 +155,5 @@ def test_reduce_overhead_replays_with_changed_inputs_and_is_not_skipped():
         before = other.copy()
         torch.compiler.cudagraph_mark_step_begin()
         results = [r.clone() for r in run(list(other.arguments()))]
-        agree(other, results, before)
+        assert_agree(other, results, before)
     assert counters["inductor"]["cudagraph_skips"] == 0

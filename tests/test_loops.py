@@ -40,7 +40,7 @@ def call(case: Operands):
     return run, tensors
 
 
-def agree(case: Operands, results, before: Operands) -> None:
+def assert_agree(case: Operands, results, before: Operands) -> None:
     wide, wanted = before.exact()
     dtype = case.tensors["q"].dtype
     # One rounding of the result, and float32 sums of up to 128 terms before it.
@@ -84,7 +84,7 @@ def test_compiled_equals_the_reference(name):
     before = case.copy()
     run, args = call(case)
     results = torch.compile(run)(args)
-    agree(case, results, before)
+    assert_agree(case, results, before)
     eager = case.op()(*before.arguments())
     for got, want in zip(results, eager, strict=True):
         assert got.shape == want.shape and got.dtype == want.dtype
@@ -99,7 +99,7 @@ def test_the_store_is_in_place_and_rows_are_written_once():
     run, args = call(case)
     addresses = [case.tensors[c].data_ptr() for c in ("k_cache", "v_cache")]
     results, (code,) = run_and_get_code(torch.compile(run), args)
-    agree(case, results, before)
+    assert_agree(case, results, before)
     assert [case.tensors[c].data_ptr() for c in ("k_cache", "v_cache")] == addresses
     buffers = re.findall(r"= empty_strided_cpu\(\(([\d, ]+)\)", code)
     sizes = [torch.Size(int(n) for n in re.findall(r"\d+", b)).numel() for b in buffers]
@@ -119,7 +119,7 @@ def test_one_compile_for_every_number_of_tokens():
         run, args = call(case)
         if compiled is None:
             compiled = torch.compile(run, backend=counter, dynamic=True)
-        agree(case, compiled(args), before)
+        assert_agree(case, compiled(args), before)
         # The first call compiles twice: Dynamo starts anew when it meets a float argument.
         first = counter.frame_count if tokens == 4 else first
     assert counter.frame_count == first
@@ -188,7 +188,7 @@ def test_the_kernel_declines_axes_that_it_cannot_paint():
 def test_any_shape_in_eager(name, batch, tokens, heads, kv_heads, dtype, seed):
     case = operands(name, batch, tokens, heads, kv_heads, dtype=dtype, seed=seed)
     before = case.copy()
-    agree(case, case.op()(*case.arguments()), before)
+    assert_agree(case, case.op()(*case.arguments()), before)
 
 
 @settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
@@ -204,4 +204,4 @@ def test_any_shape_compiled(name, tokens, heads, kv_heads, dtype):
     before = case.copy()
     run, args = call(case)
     torch._dynamo.reset()
-    agree(case, torch.compile(run)(args), before)
+    assert_agree(case, torch.compile(run)(args), before)

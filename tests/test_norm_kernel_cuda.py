@@ -39,7 +39,7 @@ def run(case: Case, tensors, **options):
     return torch.compile(lambda args: op(*args, EPS, text), **options)(args)
 
 
-def agree(case: Case, tensors, results) -> None:
+def assert_agree(case: Case, tensors, results) -> None:
     assert providers.chosen and all(c.provider == "triton" for c in providers.chosen)
     total, want = case.exact(tensors)
     if case.record.keep_sum:
@@ -56,7 +56,7 @@ def agree(case: Case, tensors, results) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_error_is_that_of_one_rounding(name):
     tensors = CASES[name].tensors("cuda")
-    agree(CASES[name], tensors, run(CASES[name], tensors))
+    assert_agree(CASES[name], tensors, run(CASES[name], tensors))
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
@@ -71,7 +71,7 @@ def test_any_shape(batch, tokens, channels, addends, laid):
     torch._dynamo.reset()
     drawn = case(PLAIN, (BF16,) * addends, (batch, tokens, channels), laid)
     tensors = drawn.tensors("cuda")
-    agree(drawn, tensors, run(drawn, tensors, dynamic=False))
+    assert_agree(drawn, tensors, run(drawn, tensors, dynamic=False))
 
 
 def test_two_runs_are_bitwise_equal():
@@ -91,5 +91,5 @@ def test_one_kernel_for_every_number_of_tokens():
         for name in ("x", "residual"):
             torch._dynamo.mark_dynamic(tensors[name], 1)
         args = [tensors.get(n) for n in ("x", "residual", "second", "weight")]
-        agree(drawn, tensors, compiled(args))
+        assert_agree(drawn, tensors, compiled(args))
     assert counter.frame_count == 1

@@ -69,7 +69,7 @@ def test_weights_that_add_one_and_none_at_all(norm: Any, wanted: Norm) -> None:
     ids=["gated", "slices", "one view", "by head", "tokens first", "one", "one, tokens first"],
 )
 def test_each_packing_of_the_projection(toy: Attention) -> None:
-    record(compiled(toy, hidden_states()))
+    assert record(compiled(toy, hidden_states())).q.norm is not None
 
 
 def test_a_factor_of_q_is_part_of_the_record() -> None:
@@ -117,14 +117,14 @@ def test_attention_by_two_matrix_products() -> None:
         k, v = (t.repeat_interleave(2, 1) for t in (k, v))
         return torch.matmul(torch.matmul(q, k.transpose(2, 3)).softmax(-1), v)
 
-    record(finished(finish))
+    assert record(finished(finish)).q.norm is not None
 
 
 def test_a_normed_k_that_is_returned_too() -> None:
     def finish(q: Tensor, k: Tensor, v: Tensor) -> Any:
         return attend(q, k, v), k, q.sum()
 
-    record(finished(finish))
+    assert record(finished(finish)).q.norm is not None
 
 
 def test_cross_attention_has_two_sites() -> None:
@@ -166,7 +166,7 @@ def test_norms_under_a_rotation_are_its_sites() -> None:
 def test_every_number_of_tokens() -> None:
     x = hidden_states(6)
     torch._dynamo.mark_dynamic(x, 1)
-    record(compiled(NormedAttention(), x))
+    assert record(compiled(NormedAttention(), x)).q.norm is not None
 
 
 # --- what is not the target --------------------------------------------------------------------
@@ -240,7 +240,7 @@ def test_a_write_to_q_between_norm_and_attention() -> None:
         q[:, :, 0] = 0
         return attend(q, k, v)
 
-    finished(finish)
+    assert finished(finish).fused == []
 
 
 def test_v_is_no_k() -> None:

@@ -153,7 +153,7 @@ def test_one_plus_w_is_added_in_float32() -> None:
     toy.q_weight.fill_(2**-8)
     toy.k_weight.fill_(2**-8)
     x = torch.ones(3, toy.width(), dtype=torch.bfloat16) * 1.0078125
-    compiled(toy, x, tolerance=0)
+    assert len(compiled(toy, x, tolerance=0).fused) == 1
 
 
 @pytest.mark.null

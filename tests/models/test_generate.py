@@ -16,7 +16,7 @@ from tests.models.families import FAMILIES
 from tests.models.tiny import assert_close, build, model_of, token_ids
 
 
-def generate_compiled(backend: Any) -> None:
+def assert_generates_as_eager(backend: Any) -> None:
     """Greedy tokens with a static cache and a compiled decode equal eager's."""
     model = model_of("qwen3")
     prompt = token_ids(5)
@@ -35,14 +35,14 @@ def generate_compiled(backend: Any) -> None:
 @pytest.mark.null
 def test_generate_with_a_configured_backend() -> None:
     """transformers copies the backend deeply and hands it a mode."""
-    generate_compiled(fxfuse.Backend(compiler="aot_eager"))
+    assert_generates_as_eager(fxfuse.Backend(compiler="aot_eager"))
 
 
 @pytest.mark.cpu
 def test_generate_with_the_name_of_the_backend() -> None:
     if not entry_points(group="torch_dynamo_backends", name="fxfuse"):
         pytest.skip("the name is known to torch only where fxfuse is installed")
-    generate_compiled("fxfuse")
+    assert_generates_as_eager("fxfuse")
 
 
 @pytest.mark.null
