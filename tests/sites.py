@@ -275,22 +275,23 @@ def operands(
     if record.store:
         by_row = batch if "b" not in record.store.k.axes else 1
         slots = max(slots, by_row * tokens)
-        order = torch.randperm(slots, generator=generator)[: by_row * tokens].to(device)
-        wraps = record.store.negative == "wrap"
-        order = torch.where(order % 2 == 0, order - slots, order) if wraps else order
-        if record.store.negative == "skip":
-            order = torch.where(order % 3 == 0, -1, order)
-        tensors["slots"] = order.view(by_row, tokens)
+        drawn = torch.randperm(slots, generator=generator)[: by_row * tokens].to(device)
+        order = _some_negative(drawn, slots, record.store.negative).view(by_row, tokens)
+        tensors["slots"] = order
         tensors |= _caches(record, name, batch, kv_heads, slots, dtype, device)
         if any(operand for operand, *_ in record.store.k.index):
-            pages = tensors["slots"]
-            assert pages is not None
-            tensors |= {"slots": pages // 4, "offsets": pages % 4}
+            tensors |= {"slots": order // 4, "offsets": order % 4}
         for x in ("k", "v"):
             if record.store.k.cast.scale and tensors[f"{x}_cache"] is not None:
                 shape = (1, tokens, 1) if x == "k" else (1, 1, kv_heads)
                 tensors[f"{x}_cache_scale"] = 0.5 + draw(*shape, of=torch.float32).abs()
     return Operands(record, tensors)
+
+
+def _some_negative(order: Tensor, slots: int, negative: str) -> Tensor:
+    if negative == "wrap":
+        return torch.where(order % 2 == 0, order - slots, order)
+    return torch.where(order % 3 == 0, -1, order) if negative == "skip" else order
 
 
 def _caches(

@@ -33,9 +33,7 @@ def packed(tokens: int = T, dtype: torch.dtype = torch.float64) -> tuple[Tensor,
 
 
 def turned(x: Tensor, angle: Tensor, interleaved: bool) -> Tensor:
-    """The first 2 * pairs channels of x [.., T, heads, D] turned by angle [.., T, pairs], by
-    complex multiplication.
-    """
+    """The first 2 * pairs channels of x [.., T, heads, D] turned by angle [.., T, pairs]."""
     r = 2 * angle.shape[-1]
     part, rest = x[..., :r].double(), x[..., r:].double()
     pairs = part.unflatten(-1, (-1, 2)) if interleaved else part.unflatten(-1, (2, -1)).mT
