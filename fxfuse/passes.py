@@ -15,6 +15,7 @@ from fxfuse.checkpointed import checkpointed, with_bodies
 from fxfuse.functional import without_own_writes
 from fxfuse.lens import look
 from fxfuse.lowering import gate
+from fxfuse.lowering.arch import arch_of
 from fxfuse.lowering.providers import Choice, Facts, choose, named
 from fxfuse.patterns.plan import plan
 from fxfuse.patterns.read import read
@@ -133,10 +134,12 @@ def _gate(settings: Settings) -> Gate:
     def reason(kind: str, slot: Slot, rows: int | None, record: AnyRecord | None) -> str:
         if kind in settings.disable:
             return "disabled by settings"
+        if kind == "projection" and settings.checks_sites():
+            return "debug mode checks q, k and v as they are projected"
         if settings.gate != "auto":
             return "" if settings.gate == "always" else "gate='never'"
         target = slot.device.type
-        decision = gate.decide(target, kind, gate.Facts(rows, record))
+        decision = gate.decide(target, kind, gate.Facts(rows, record, arch_of(slot.device)))
         return "" if decision.fuse else f"{decision.reason} (target {target})"
 
     return reason
@@ -146,7 +149,8 @@ def _gain(site: Site | GroupedSite, settings: Settings) -> float | None:
     """How much faster than Inductor's own code the gate expects a site to be."""
     if settings.compiler != "inductor":
         return None
-    return gate.decide(site.target, site.kind, gate.Facts(site.rows, site.record)).gain
+    facts = gate.Facts(site.rows, site.record, arch_of(site.device))
+    return gate.decide(site.target, site.kind, facts).gain
 
 
 def _reason_to_leave(settings: Settings) -> str:

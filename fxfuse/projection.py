@@ -2,7 +2,7 @@
 then what norm_rope_store_ does with them.
 
 In comes what a rewritten graph hands over; out come q and k as norm_rope_store_ returns them.
-Importing this module defines the op.
+`fxfuse.schemas` defines the op.
 """
 
 from typing import Any
@@ -11,15 +11,7 @@ import torch
 from torch import Tensor
 
 from fxfuse import ops
-from fxfuse.ops import library
 from fxfuse.reference import projected
-
-_GIVEN = "norm_rope_store_(Tensor q, Tensor? k, Tensor? v, "
-_MADE = (
-    "project_norm_rope_store_(Tensor x, Tensor q_proj, Tensor? k_proj, Tensor? v_proj, "
-    "Tensor? q_proj_bias, Tensor? k_proj_bias, Tensor? v_proj_bias, "
-)
-PROJECT_NORM_ROPE_STORE_ = ops.NORM_ROPE_STORE_.replace(_GIVEN, _MADE)
 
 
 def project_norm_rope_store_(
@@ -60,7 +52,7 @@ def _check(x: Tensor, *weights: Tensor | None) -> None:
             )
 
 
-def _run(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def run_project_norm_rope_store_(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     weights, biases, behind = rest[:3], rest[3:6], rest[6:]
     _check(x, *weights)
     made = [projected(x, w, b) for w, b in zip(weights, biases, strict=True)]
@@ -68,14 +60,9 @@ def _run(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return result
 
 
-def _fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def fake_project_norm_rope_store_(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     weights = rest[:3]
     _check(x, *weights)
     q, k = (None if w is None else x.new_empty((*x.shape[:2], *w.shape[:2])) for w in weights[:2])
     assert q is not None
     return ops.empty_results(q, k, ops.read_record(rest[-1]))
-
-
-library.define(PROJECT_NORM_ROPE_STORE_, tags=(torch.Tag.pt2_compliant_tag,))
-library.impl("project_norm_rope_store_", _run, "CompositeExplicitAutograd")
-torch.library.register_fake("fxfuse::project_norm_rope_store_", _fake, lib=library)

@@ -21,6 +21,12 @@ NORM_ROPE_STORE_ = (
     "Tensor? k_cache_scale, Tensor? v_cache_scale, float q_eps, float k_eps, str record) "
     "-> (Tensor, Tensor)"
 )
+# q, k and v made of one x.
+PROJECT_NORM_ROPE_STORE_ = NORM_ROPE_STORE_.replace(
+    "norm_rope_store_(Tensor q, Tensor? k, Tensor? v, ",
+    "project_norm_rope_store_(Tensor x, Tensor q_proj, Tensor? k_proj, Tensor? v_proj, "
+    "Tensor? q_proj_bias, Tensor? k_proj_bias, Tensor? v_proj_bias, ",
+)
 ADD_RMS_NORM = (
     "add_rms_norm(Tensor x, Tensor? residual, Tensor? second, Tensor? weight, float eps, "
     "str record) -> (Tensor, Tensor)"
@@ -45,7 +51,12 @@ ADD_RMS_NORM_BY_HAND = (
 )
 
 # Each with the module of fxfuse that has its run_<op> and fake_<op>.
-FUSED = ((NORM_ROPE, "ops"), (NORM_ROPE_STORE_, "ops"), (ADD_RMS_NORM, "add_norm"))
+FUSED = (
+    (NORM_ROPE, "ops"),
+    (NORM_ROPE_STORE_, "ops"),
+    (PROJECT_NORM_ROPE_STORE_, "projection"),
+    (ADD_RMS_NORM, "add_norm"),
+)
 BY_HAND = (QK_NORM_ROPE_BY_HAND, QK_NORM_ROPE_STORE_BY_HAND_, ADD_RMS_NORM_BY_HAND)
 # Those with gradients, and the module that has save and backward.
 GRADIENTS = (("norm_rope", "gradients"), ("add_rms_norm", "add_norm"))

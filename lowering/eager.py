@@ -14,6 +14,7 @@ from torch import Tensor
 import fxfuse.add_norm
 import fxfuse.ops
 from fxfuse.lowering import launch, providers
+from fxfuse.lowering.arch import arch_of
 from fxfuse.patterns.record import AddNorm, Record
 
 # The kernels load these by their channel alone.
@@ -59,7 +60,7 @@ def _norm_rope(record: Record, tensors: dict[str, Any]) -> tuple[Tensor, Tensor]
     given = {n: x for n, x in tensors.items() if isinstance(x, Tensor)} | {"q_out": results[0]}
     if results[1].dim() == 4:
         given["k_out"] = results[1]
-    plan = direct.planned(record, given, eps, _target(q.device))
+    plan = direct.planned(record, given, eps, arch_of(q.device))
     direct.prepared(with_stride_arguments(plan))()
     return results
 
@@ -81,11 +82,3 @@ def _on(device: torch.device | None) -> contextlib.AbstractContextManager[Any]:
     if device is None or device.type != "cuda":
         return contextlib.nullcontext()
     return torch.cuda.device(device)
-
-
-def _target(device: torch.device) -> str:
-    if device.type != "cuda":
-        return ""
-    from fxfuse.lowering import fused
-
-    return fused.target_of(device)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fxfuse.lowering import inductor, launch, loops, projection_launch
+from fxfuse.lowering.arch import arch_of
 from fxfuse.lowering.operand import Operand
 from fxfuse.lowering.providers import arguments
 from fxfuse.patterns.record import Record, Stream
@@ -68,7 +69,7 @@ def _planned(
     tokens: int,
 ) -> launch.Launch | None:
     """The launch; None where the projection's kernel is asked for other sizes than numbers."""
-    target = target_of(like.get_device())
+    target = arch_of(like.get_device())
     if not record.projected:
         return launch.plan(record, operands, eps, tokens, target)
     sizes = [n for o in operands.values() if o for n in (*o.shape, *o.strides)]
@@ -80,16 +81,6 @@ def _planned(
     operands["sums"] = inductor.operand(inductor.empty(like, shape, torch.float32))
     operands["counters"] = inductor.operand(inductor.counters(like))
     return projection_launch.plan(record, operands, eps, target)
-
-
-@functools.cache
-def target_of(device: torch.device) -> str:
-    """A GPU's target, as the launch tables name it: sm_90, gfx942."""
-    if torch.version.hip is not None:
-        name: str = torch.cuda.get_device_properties(device).gcnArchName
-        return name.split(":")[0]
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
 
 
 def _result(like: Any, size: Sequence[Any], stream: Stream) -> tuple[Any, Operand]:

@@ -16,10 +16,12 @@ class Facts:
 
     rows    tokens of all batch rows together, of attention those of q; None where symbolic
     record  of the site; None for one that is asked about before it is decoded
+    arch    of a GPU: sm_90, gfx942; "" for other devices
     """
 
     rows: int | None = None
     record: Record | AddNorm | GroupedHeads | None = None
+    arch: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +49,8 @@ class Entry:
 def _projected_bfloat16(facts: Facts) -> bool:
     """Products in bfloat16: what was measured of the projection."""
     record = facts.record
-    return isinstance(record, Record) and record.q.dtype == "bfloat16"
+    bfloat16 = isinstance(record, Record) and record.q.dtype == "bfloat16"
+    return bfloat16 and _measured(facts)
 
 
 # Up to how many tokens, and Inductor's time over ours: geometric means of `fxfuse bench prelude` on
@@ -59,10 +62,17 @@ ATTENTION_GAINS = ((1, 2.9), (64, 2.0), (1024, 1.8), (None, 1.2))
 _AS_FAST = "Inductor's own kernel is as fast"
 
 
+def _measured(facts: Facts) -> bool:
+    """Whether the GPU is of those that anything was measured on."""
+    return facts.arch == "sm_90"
+
+
 def _masked_bfloat16(facts: Facts) -> bool:
     """Attention with a mask in bfloat16: what was measured of grouped heads on a GPU."""
     record = facts.record
-    return isinstance(record, GroupedHeads) and record.has_mask and record.dtype == "bfloat16"
+    if not isinstance(record, GroupedHeads) or not _measured(facts):
+        return False
+    return record.has_mask and record.dtype == "bfloat16"
 
 
 _ONCE = "k and v are read once, not repeated"

@@ -21,7 +21,6 @@ from torch import Tensor
 
 import fxfuse.add_norm
 import fxfuse.ops
-import fxfuse.projection
 from fxfuse.lowering import opaque
 from fxfuse.patterns.record import AddNorm, Record
 from fxfuse.settings import FxfuseError

@@ -183,9 +183,13 @@ class Site:
         return rows_count([slot.shape[r] for r in self.q.rows[:2] if r is not None])
 
     @property
+    def device(self) -> torch.device:
+        return self.q.slot.device
+
+    @property
     def target(self) -> str:
         """The device type."""
-        return self.q.slot.device.type
+        return self.device.type
 
     def is_single(self) -> bool:
         """Whether it makes one tensor alone: a q, or a k that is stored; the latter's q has no
@@ -244,9 +248,13 @@ class GroupedSite:
         return rows_count([self.query.shape[0], self.query.shape[2]])
 
     @property
+    def device(self) -> torch.device:
+        return self.query.device
+
+    @property
     def target(self) -> str:
         """The device type."""
-        return self.query.device.type
+        return self.device.type
 
 
 @dataclasses.dataclass(frozen=True)

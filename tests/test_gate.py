@@ -54,9 +54,11 @@ def test_the_table_is_told_by_its_kinds() -> None:
 
 
 def test_grouped_heads_are_given_where_they_were_measured() -> None:
-    def fused(target: str, rows: int | None, has_mask: bool, dtype: str) -> bool:
+    def fused(
+        target: str, rows: int | None, has_mask: bool, dtype: str, arch: str = "sm_90"
+    ) -> bool:
         record = GroupedHeads(16, 8, 128, has_mask, dtype)
-        return gate.decide(target, "grouped_heads", gate.Facts(rows, record)).fuse
+        return gate.decide(target, "grouped_heads", gate.Facts(rows, record, arch)).fuse
 
     assert fused("cuda", 1, True, "bfloat16") and fused("cuda", 256, True, "bfloat16")
     for rows, has_mask, dtype in (
@@ -64,6 +66,7 @@ def test_grouped_heads_are_given_where_they_were_measured() -> None:
         (1, True, "float32"), (1, True, "float16"),
     ):  # fmt: skip
         assert not fused("cuda", rows, has_mask, dtype)
+    assert not fused("cuda", 1, True, "bfloat16", "gfx942")
     assert fused("cpu", None, False, "float32") and not fused("xpu", 1, True, "bfloat16")
 
 
