@@ -1,8 +1,9 @@
-"""Each example in examples/ as a user runs it: four lines, what they say, and the exit status."""
+"""Each example in examples/ as a user runs it: what it says, and the exit status."""
 
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -57,6 +58,52 @@ def test_an_example_is_found_fused_and_equal(name: str, device: str, dtype: str)
     assert lines["equal"].endswith("what is not written is bitwise the same")
     assert float(lines["ratio"].split()[0]) > 0
     assert status == 0, lines
+
+
+# --- the tour ----------------------------------------------------------------------------------
+
+TOUR = sorted(EXAMPLES.glob("[0-9]*.py"))
+# What must be fused, where that is more than a rotation.
+FUSED = {
+    "01_any_hf_model": r"rms_norm\(1\+w\) \+ rope",
+    "02_generate": r"rms_norm \+ rope \+ store\(k,v\)",
+    "09_registering_a_store": r"rope \+ store\(k,v\)",
+}
+# The others take half a minute each.
+QUICK = ("02_generate", "08_reading_a_report", "09_registering_a_store")
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(p, id=p.stem, marks=[] if p.stem in QUICK else [pytest.mark.long]) for p in TOUR],
+)
+def test_a_step_of_the_tour(path: Path) -> None:
+    run = subprocess.run([sys.executable, path], capture_output=True, text=True, timeout=600)
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
+    if run.stdout.startswith("left out:"):
+        pytest.skip(run.stdout.strip())
+    stages = FUSED.get(path.stem, "rope")
+    assert re.search(rf"fxfuse: [1-9]\d* fused.*\n +[1-9]\d* × .*{stages}", run.stdout), run.stdout
+    assert "equal: " in run.stdout
+
+
+@pytest.mark.null
+@pytest.mark.parametrize("path", TOUR, ids=lambda path: path.stem)
+def test_a_step_is_short_and_says_what_it_shows(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= 60
+    assert f"python examples/{path.name}" in (ast.get_docstring(ast.parse(text)) or "")
+
+
+@pytest.mark.null
+def test_an_error_ends_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    tour = importlib.import_module("tour")
+    x = torch.randn(100)
+    tour.compare("x", x * (1 + 1e-6), x)
+    with pytest.raises(SystemExit, match="wrong: x"):
+        tour.compare("x", torch.cat((x[:99], -x[99:])), x)
 
 
 # --- what the four lines must find -------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Extending: what CONTRIBUTING asks for, done here: one entry in a table, and the site is fused.
+"""Extending: what docs/adding.md asks for, done here: one entry in a table, and the site is fused.
 
 Each entry is taken out of its table again, and without it the same toy keeps that part.
 """
