@@ -30,10 +30,10 @@ What the README's commands print in a fresh checkout, one after the other, witho
 NOTES = {
     "pip": "The newest torch that fxfuse allows, and transformers.",
     "fxfuse doctor": "The loops are right; the other providers are for GPUs.",
-    "python examples": "One layer, one site: norm of q and k, rotation and both cache writes in one op.",
+    "python examples": "One op has the norms of q and k, the rotation and both cache writes.",
     "fxfuse draw": f"![attention before and after]({PICTURE})",
-    "fxfuse explain": """A refusal: what was found, at which line of the model, what was wanted, what
-to do. Norm and rotation in front of it are fused all the same.""",
+    "fxfuse explain": """A refusal: what was found at which line of the model, what was wanted, and
+what to do. Norm and rotation in front of it are fused all the same.""",
 }
 
 
