@@ -7,7 +7,7 @@ JOBS   ?= 2
 SWEEP  := build/sweep.json
 RECIPE ?= prelude
 
-.PHONY: demo examples test test-long lint bench sweep clean
+.PHONY: demo examples test test-long test-torch lint bench sweep clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -25,6 +25,13 @@ test: lint
 test-long: $(READY)
 	$(BIN)/pip install --quiet --no-compile -c constraints.txt -e ".[hf,dev,quantised]"
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+# As test, with another torch: make test-torch TORCH=2.15.0
+test-torch:
+	$(PYTHON) -m venv .venv-$(TORCH)
+	grep -v "^torch==\|^triton==" constraints.txt > .venv-$(TORCH)/constraints.txt
+	.venv-$(TORCH)/bin/pip install --quiet --no-compile -c .venv-$(TORCH)/constraints.txt "torch==$(TORCH)" -e ".[hf,dev]"
+	.venv-$(TORCH)/bin/python -m pytest -n $(JOBS) --dist worksteal -m "not long"
 
 lint: $(READY)
 	$(BIN)/ruff check .
