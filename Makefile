@@ -38,7 +38,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# prelude, diffusion, rope_store, packed, mrope, qk_norm, add_norm, grouped_heads or e2e.
+# prelude, projection, diffusion, rope_store, packed, mrope, qk_norm, add_norm, grouped_heads or e2e.
 bench: $(READY)
 	$(BIN)/fxfuse bench $(RECIPE)
 

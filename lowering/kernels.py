@@ -208,9 +208,8 @@ def tile(
     q_weight_ptr, k_weight_ptr, q_bias_ptr, k_bias_ptr, q_scale_ptr, k_scale_ptr, cos_ptr, sin_ptr,
     strides, q_eps, k_eps, T, sizes, block,
     Q: tl.constexpr, K: tl.constexpr, V: tl.constexpr, Q_ROW: tl.constexpr,
-    K_ROW: tl.constexpr, V_ROW: tl.constexpr,
-    K_KEEP: tl.constexpr, K_CACHE: tl.constexpr, V_CACHE: tl.constexpr,
-    LOOKUP: tl.constexpr, AXES: tl.constexpr,
+    K_ROW: tl.constexpr, V_ROW: tl.constexpr, K_KEEP: tl.constexpr, K_CACHE: tl.constexpr,
+    V_CACHE: tl.constexpr, LOOKUP: tl.constexpr, AXES: tl.constexpr,
     TOKENS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     """One tile of q, k or v; strides = those of q, k, v, q_scale, k_scale, cos, sin, k_cache,
@@ -347,9 +346,8 @@ def static_tile(
     q_eps, k_eps, T, k_size_0, k_size_1, k_size_2, v_size_0, v_size_1, v_size_2, block,
     STRIDES: tl.constexpr,
     Q: tl.constexpr, K: tl.constexpr, V: tl.constexpr, Q_ROW: tl.constexpr,
-    K_ROW: tl.constexpr, V_ROW: tl.constexpr,
-    K_KEEP: tl.constexpr, K_CACHE: tl.constexpr, V_CACHE: tl.constexpr,
-    LOOKUP: tl.constexpr, AXES: tl.constexpr,
+    K_ROW: tl.constexpr, V_ROW: tl.constexpr, K_KEEP: tl.constexpr, K_CACHE: tl.constexpr,
+    V_CACHE: tl.constexpr, LOOKUP: tl.constexpr, AXES: tl.constexpr,
     TOKENS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     """tile where every stride is a number."""

@@ -23,8 +23,8 @@ from torch import fx
 import fxfuse
 from fxfuse.lens import look
 from fxfuse.lowering import launch, providers
-from fxfuse.lowering.fused import ARGUMENTS
 from fxfuse.lowering.operand import Operand
+from fxfuse.lowering.providers import arguments
 from fxfuse.passes import fuse_graph, kind_of, placeholder_kinds
 from fxfuse.patterns.plan import Plan, plan
 from fxfuse.patterns.prove import TOLERANCE
@@ -269,7 +269,7 @@ def wrapped(text: str, width: int = WIDTH) -> list[str]:
 def rewritten(of: Way) -> Iterator[str]:
     """The op's call, by the names of its arguments; what is not there is left out."""
     op = of.op
-    given = zip(ARGUMENTS["norm_rope_store_"], op.args, strict=True)
+    given = zip(arguments("norm_rope_store_"), op.args, strict=True)
     parts = [f"{key}={_text(key, x)}" for key, x in given if x is not None]
     yield from wrapped(f"{name(op)} = fxfuse::norm_rope_store_({', '.join(parts)})")
     for reader in _readers(op):
@@ -291,7 +291,7 @@ def _readers(op: fx.Node) -> list[fx.Node]:
 
 def _tensors(of: Way) -> dict[str, torch.Tensor]:
     """The op's tensors as the graph knows them, by the names of its arguments."""
-    given = zip(ARGUMENTS["norm_rope_store_"], of.op.args, strict=True)
+    given = zip(arguments("norm_rope_store_"), of.op.args, strict=True)
     return {k: x.meta["example_value"] for k, x in given if isinstance(x, fx.Node)}
 
 
