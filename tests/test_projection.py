@@ -72,7 +72,7 @@ def test_every_packing_is_a_projection(packing: str, bias: bool) -> None:
     assert str(report).count("projection + rms_norm + rope + store(k,v)") == 1
 
 
-@pytest.mark.parametrize("name", ["qwen3", "qwen2", "gpt_neox", "phi3", "gemma3", "llama"])
+@pytest.mark.parametrize("name", ["qwen3", "qwen2", "gpt_neox", "phi3"])
 @torch.no_grad()
 def test_real_models_decode_by_projections(name: str) -> None:
     family = FAMILIES[name]

@@ -30,8 +30,16 @@ SHAPES = {
 OPTIONS = {"num_stages": 1, "enable_fp_fusion": True}
 
 
-@pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize("target", TARGETS, ids=lambda t: str(t[1]))
+# One CUDA and one HIP target take every shape, the others one of them.
+COMPILED = [
+    pytest.param(name, target, id=f"{name}-{target[1]}")
+    for name in SHAPES
+    for target in TARGETS
+    if name == "qwen3" or target[1] in (90, "gfx942")
+]
+
+
+@pytest.mark.parametrize(("name", "target"), COMPILED)
 def test_it_compiles(name, target):
     shape = SHAPES[name]
     plan, *_ = planned(shape, tensors(shape, torch.bfloat16))
