@@ -66,6 +66,9 @@ class Projections:
         rows, slot = site.rows, site.q.slot
         if site.k_store is None or site.is_single() or rows is None or rows > MAX_ROWS:
             return site
+        if any(self._made(stream).call is None for stream in site.streams()):
+            # Products of another graph.
+            return site
         if reason := self.gate(KIND, slot, rows, site.record):
             # A CPU multiplies as it does; nobody would look for the stage there.
             if slot.device.type != "cpu":
@@ -93,11 +96,9 @@ class Projections:
             raise Refused("q, k and v are projections of different tensors")
         if x.dtype not in DTYPES or any(_weight(c).dtype != x.dtype for c in linears):
             raise Refused("a projection whose weight and input are of other dtypes")
-        own = {store.call for store in site.stores()}
-        through = {call for store in site.stores() for call in store.through}
         for call in linears:
             self._check_weight(_weight(call))
-            self._check_readers(call.outs[0], own, through)
+            self._check_readers(call.outs[0], site)
         batch, tokens = (
             1 if row is None else int(site.q.slot.shape[row]) for row in site.q.rows[:2]
         )
@@ -113,17 +114,22 @@ class Projections:
 
     def _part(self, stream: Decoded) -> _Part:
         """Raises Refused where a stream is no part of one plain product."""
-        views = self._views(stream.x.leaf.slot)
-        made = views[0].inputs()[0] if views else stream.x.leaf.slot
+        views, made = self._views(stream.x.leaf.slot), self._made(stream)
         call = made.call
-        if call is None or call.op is not aten.linear.default:
-            found = "an input of the graph" if call is None else str(call.op)
-            raise Refused(f"a projection that is no plain linear: {found}")
+        assert call is not None
+        if call.op is not aten.linear.default:
+            raise Refused(f"a projection that is no plain linear: {call.op}")
         if self.reading.writes.get(made.storage):
             raise Refused("a projection that is written before it is used")
         if not all(isinstance(n, int) for n in (*made.shape, *_weight(call).shape)):
             raise Refused("a projection of symbolic sizes")
         return _placed(stream, call, made, views)
+
+    def _made(self, stream: Decoded) -> Slot:
+        """What a stream's source is a view of, or the source itself."""
+        slot: Slot = stream.x.leaf.slot
+        views = self._views(slot)
+        return views[0].inputs()[0] if views else slot
 
     def _views(self, slot: Slot) -> list[Call]:
         """The calls through which a tensor is a view of another, in order."""
@@ -145,17 +151,24 @@ class Projections:
         if weight.stride[-1] != 1:
             raise Refused("a projection whose weight is transposed")
 
-    def _check_readers(self, slot: Slot, stores: set[Call], through: set[Call]) -> None:
+    def _check_readers(self, product: Slot, site: Site) -> None:
         """Raises Refused where somebody else reads a product too, which would be made twice."""
-        if slot in self.uses.returned:
-            raise Refused("a projection that others read too")
-        for call in self.uses.consumers.get(slot, []):
-            if call in self.absorbed or call in stores:
-                continue
-            if self.reading.relations.get(call) != "view" and call not in through:
-                raise Refused(f"a projection that others read too: {call.op}")
-            for out in call.outs:
-                self._check_readers(out, stores, through)
+        own = {store.call for store in site.stores()}
+        through = {call for store in site.stores() for call in store.through}
+        for access in (a for stream in site.streams() for a in stream.accesses()[1:]):
+            if isinstance(access.leaf.slot, Slot) and access.leaf.slot.storage == product.storage:
+                raise Refused("a projection that others read too: the statistic of its rows")
+        waiting = [product]
+        while waiting:
+            slot = waiting.pop()
+            if slot in self.uses.returned:
+                raise Refused("a projection that others read too")
+            for call in self.uses.consumers.get(slot, []):
+                if call in self.absorbed or call in own:
+                    continue
+                if self.reading.relations.get(call) != "view" and call not in through:
+                    raise Refused(f"a projection that others read too: {call.op}")
+                waiting += call.outs
 
     def _weight_access(self, part: _Part) -> Access:
         """The rows of a weight as [H, D, hidden]."""

@@ -56,6 +56,7 @@ def _norm(device: str) -> Site:
 SITES: dict[str, tuple[Callable[[str], Site], ...]] = {
     "norm_rope_store_": (_chain("prelude"),),
     "norm_rope": (_chain("qk_norm"),),
+    "project_norm_rope_store_": (_chain("projection"),),
     "add_rms_norm": (_chain("add_norm"), _norm),
 }
 
@@ -70,7 +71,7 @@ class Result:
     told: str
 
     def __str__(self) -> str:
-        return f"{self.provider:12s} {self.op:17s} {self.told}"
+        return f"{self.provider:12s} {self.op:24s} {self.told}"
 
 
 def results(device: str) -> Iterator[Result]:
