@@ -118,7 +118,7 @@ class Projections:
         call = made.call
         assert call is not None
         if call.op is not aten.linear.default:
-            raise Refused(f"a projection that is no plain linear: {call.op}")
+            raise Refused(f"a projection that is no plain linear: {_name(call)}")
         if self.reading.writes.get(made.storage):
             raise Refused("a projection that is written before it is used")
         if not all(isinstance(n, int) for n in (*made.shape, *_weight(call).shape)):
@@ -147,7 +147,7 @@ class Projections:
         if is_wrapped(example):
             raise Refused(f"a projection whose weight is wrapped: {type(example).__name__}")
         if parameter.call is not None:
-            raise Refused(f"a projection whose weight the graph makes: {parameter.call.op}")
+            raise Refused(f"a projection whose weight the graph makes: {_name(parameter.call)}")
         if weight.stride[-1] != 1:
             raise Refused("a projection whose weight is transposed")
 
@@ -167,7 +167,7 @@ class Projections:
                 if call in self.absorbed or call in own:
                     continue
                 if self.reading.relations.get(call) != "view" and call not in through:
-                    raise Refused(f"a projection that others read too: {call.op}")
+                    raise Refused(f"a projection that others read too: {_name(call)}")
                 waiting += call.outs
 
     def _weight_access(self, part: _Part) -> Access:
@@ -190,6 +190,10 @@ class Projections:
             raise Refused("a projection whose operands no node of the graph holds")
         version = self.reading.versions_at(call, slot.storage)
         return Leaf(-1, slot.shape, slot.dtype, kind, slot, version)
+
+
+def _name(call: Call) -> str:
+    return "a call that is not read" if call.op is None else str(call.op)
 
 
 def _weight(call: Call) -> Slot:

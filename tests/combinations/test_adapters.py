@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import fxfuse
 from tests.models.families import FAMILIES
-from tests.models.tiny import assert_close, build, relative_error, token_ids
+from tests.models.tiny import assert_close, build, relative_error, static_cache, token_ids
 
 peft = pytest.importorskip("peft", reason="peft is installed by `make test`")
 
@@ -137,3 +137,29 @@ def test_an_adapter_is_trained() -> None:
     for name, gradient in want.items():
         # float32: two orders of sums differ by rounding.
         assert_close(got[name], gradient, name, tolerance=1e-5)
+
+
+@pytest.mark.null
+@torch.no_grad()
+def test_a_projection_with_an_adapter_stays_and_says_so() -> None:
+    """A decode step, where projections of plain weights are taken into their sites: so is one that
+    an adapter was merged into.
+    """
+    model, ids = adapted("one"), token_ids(1)
+
+    def logits(run: Any) -> Tensor:
+        cache = static_cache(model.get_base_model())
+        return run(input_ids=ids, past_key_values=cache, use_cache=True).logits
+
+    want = logits(model)
+    backend = fxfuse.Backend(compiler="eager", gate="always", strict=True)
+    compiled = torch.compile(model, backend=backend)
+    projected = []
+    for reasons in (["a projection that is no plain linear: aten.add.Tensor"], []):
+        assert_close(logits(compiled), want, "with its adapter")
+        report = fxfuse.last_report()
+        assert report is not None
+        assert [r.reason for r in report.refused if r.stage == "projection"] == reasons
+        projected += [f.record.projected for f in report.fused if f.kind == "attention"]
+        model.merge_adapter()
+    assert projected == [False, True]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fxfuse
 from tests.models.families import FAMILIES
-from tests.models.tiny import assert_close, build, relative_error, token_ids
+from tests.models.tiny import assert_close, build, relative_error, static_cache, token_ids
 
 IDS = token_ids(7)
 SITES = FAMILIES["qwen3"].rotary
@@ -108,3 +108,32 @@ def test_quantised_weights(name: str, compiler: str) -> None:
     got = run(IDS, use_cache=False).logits
     assert fxfuse.counts()["attention"] - before == SITES
     assert_close(got, want, name)
+
+
+@pytest.mark.null
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("widened", "whose weight the graph makes: aten.mul.Tensor"),
+        ("by a kernel", "no plain linear: fxfuse_tests.int8_linear.default"),
+        ("torchao int8", "projection"),
+        ("torchao int4", "projection"),
+    ],
+)
+@torch.no_grad()
+def test_quantised_projections_stay_and_say_so(name: str, reason: str) -> None:
+    """A decode step, where projections of plain weights are taken into their sites."""
+    model = build(FAMILIES["qwen3"])
+    WEIGHTS[name](model)
+    ids = token_ids(1)
+    want = model(ids, past_key_values=static_cache(model), use_cache=True).logits
+    backend = fxfuse.Backend(compiler="eager", gate="always", strict=True)
+    run = torch.compile(model, backend=backend)
+    got = run(ids, past_key_values=static_cache(model), use_cache=True).logits
+    assert_close(got, want, name)
+    report = fxfuse.last_report()
+    assert report is not None
+    sites = [f for f in report.fused if f.kind == "attention"]
+    assert len(sites) == SITES and not any(f.record.projected for f in sites)
+    refused = [r.reason for r in report.refused if r.stage == "projection"]
+    assert len(refused) == SITES and all(reason in r for r in refused)

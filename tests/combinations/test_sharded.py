@@ -115,10 +115,14 @@ def run_by_plan(compiler: str, folder: Path) -> dict[str, Any]:
         folder, distributed_config=DistributedConfig(tp_plan="auto", tp_size=PROCESSES)
     ).eval()
     before = fxfuse.counts()
-    run = torch.compile(model, backend=fxfuse.Backend(compiler=compiler, strict=True))
-    logits = prompt_and_token(run, model.config)
+    # Projections of few rows are looked at too.
+    backend = fxfuse.Backend(compiler=compiler, strict=True, gate="always")
+    logits = prompt_and_token(torch.compile(model, backend=backend), model.config)
     stored = fxfuse.counts()["store"] - before["store"]
-    return outcome(model, before["attention"], logits) | {"stored": stored}
+    report = fxfuse.last_report()
+    assert report is not None
+    refused = [r.reason for r in report.refused if r.stage == "projection"]
+    return outcome(model, before["attention"], logits) | {"stored": stored, "refused": refused}
 
 
 def prompt_and_token(run: Any, config: Any) -> Tensor:
@@ -148,4 +152,6 @@ def test_a_plan_of_transformers(compiler: str, tmp_path: Path) -> None:
     for rank in in_two(run_by_plan, tmp_path, compiler, tmp_path / "model"):
         # The first call of a static cache makes its memory, as the graph's own or in one before it.
         assert rank["fused"] >= 2 * SITES and rank["stored"] >= SITES
+        assert len(rank["refused"]) == SITES
+        assert all("a projection whose weight the graph makes" in r for r in rank["refused"])
         assert_close(rank["logits"], want, "logits", tolerance=1e-5)
