@@ -171,7 +171,8 @@ class Record:
             k=_stream(data["k"]) if data["k"] else None,
             v=_stream(data["v"]) if data["v"] else None,
             store=_store(data["store"]) if data["store"] else None,
-            projected=data["projected"],
+            # A graph that was cached before the field was there has none.
+            projected=data.get("projected", False),
         )
 
 

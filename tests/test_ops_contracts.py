@@ -10,7 +10,7 @@ from torch import Tensor
 import fxfuse.ops
 from fxfuse.patterns.record import Norm, Pass, Record
 from tests.op_operands import B, D, G, H, S, T, angles, call, draw, stream
-from tests.sites import NORM, by_axes, cached, copied, halves, neighbours
+from tests.sites import NORM, SITES, by_axes, cached, copied, halves, neighbours
 
 pytestmark = pytest.mark.null
 
@@ -204,3 +204,10 @@ def test_records_read_back_as_written():
     one = stream(norm=Norm("head", "after", True, 1.0), has_scale=True, scale=0.5)
     record = Record(one, one, copied(8), cached(True, "wrap"))
     assert Record.from_text(record.to_text()) == record
+
+
+def test_a_text_of_a_graph_that_was_cached_before_projections_is_read() -> None:
+    record = SITES["qwen3"]
+    text = record.to_text()
+    assert Record.from_text(text.replace(',"projected":false', "")) == record
+    assert ',"projected":false' in text

@@ -349,7 +349,7 @@ def test_a_store_that_fails_half_way_is_done_again(caplog: pytest.LogCaptureFixt
         raise RuntimeError("half way")
 
     with fxfuse.register_provider("broken", half_way, ops=("norm_rope_store_",)):
-        run(Layer(by_index_copy), hidden_states(), *caches())
+        run(Layer(by_index_copy), hidden_states(), *caches(), disable=("projection",))
     assert "failed running: RuntimeError: half way" in caplog.text
 
 
