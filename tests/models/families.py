@@ -61,7 +61,6 @@ TABLE = [
         "LlamaConfig",
         rotary=2,
         stored=2,
-        through_inductor=True,
     ),
     Family(
         "qwen2",
@@ -99,7 +98,6 @@ TABLE = [
         rotary=2,
         stored=2,
         sizes={"num_key_value_heads": 4, "head_dim": None},
-        through_inductor=True,
     ),
     Family(
         "gpt_neox",
@@ -140,7 +138,6 @@ TABLE = [
         "Glm4Config",
         rotary=2,
         stored=2,
-        through_inductor=True,
     ),
     Family(
         "cohere2",
