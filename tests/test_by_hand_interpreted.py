@@ -6,16 +6,13 @@ file, run as a program.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from fxfuse import ops
+from tests.interpreted import interpreted
 from tests.test_by_hand import LAYOUTS, SLOTS, D, N, P, T, canaries, draw, packed
 
 pytestmark = pytest.mark.aot
@@ -102,12 +99,7 @@ def main() -> None:
 
 
 def test_the_launch_of_eager_code_in_the_interpreter() -> None:
-    pytest.importorskip("triton")
-    root = Path(__file__).parents[1]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}
-    done = subprocess.run(
-        [sys.executable, __file__], env=environment, capture_output=True, text=True, check=False
-    )
+    done = interpreted(__file__)
     assert done.returncode == 0 and done.stdout.endswith("done\n"), done.stdout + done.stderr
 
 

@@ -6,14 +6,10 @@ file, run as a program.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
+from tests.interpreted import interpreted
 from tests.sites import NORM, SITES, Operands, cached, halves, neighbours, operands, site, untouched
 from tests.test_head_sizes import GROUPS, HEAD_SIZES
 
@@ -121,12 +117,7 @@ def main() -> None:
 
 
 def test_every_site_in_the_interpreter():
-    pytest.importorskip("triton")
-    root = Path(__file__).parents[1]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}
-    done = subprocess.run(
-        [sys.executable, __file__], env=environment, capture_output=True, text=True, check=False
-    )
+    done = interpreted(__file__)
     assert done.returncode == 0 and done.stdout.endswith("done\n"), done.stdout + done.stderr
 
 

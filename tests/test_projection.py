@@ -182,9 +182,9 @@ def clamped(toy: Any, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> list[Tensor
         (dequantised, "whose weight the graph makes"),
         (of_two, "projections of different tensors"),
         (transposed, "no plain linear"),
-        (gated, "no plain linear"),
+        (gated, "no plain linear: aten.mul.Tensor"),
         (read_twice, "others read too"),
-        (clamped, "projection"),
+        (clamped, "written before it is used"),
     ],
 )
 def test_other_products_are_refused_with_a_reason(products: Any, reason: str) -> None:

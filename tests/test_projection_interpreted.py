@@ -6,14 +6,10 @@ file, run as a program.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
+from tests.interpreted import interpreted
 from tests.projected_sites import SHAPES, Block, Shape, errors, planned, tensors, truth
 from tests.test_kernels_interpreted import amid_nans
 
@@ -55,12 +51,7 @@ def main() -> None:
 
 
 def test_every_projected_site_in_the_interpreter() -> None:
-    pytest.importorskip("triton")
-    root = Path(__file__).parents[1]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}
-    done = subprocess.run(
-        [sys.executable, __file__], env=environment, capture_output=True, text=True, check=False
-    )
+    done = interpreted(__file__)
     assert done.returncode == 0 and done.stdout.endswith("done\n"), done.stdout + done.stderr
 
 

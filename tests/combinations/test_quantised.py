@@ -116,8 +116,8 @@ def test_quantised_weights(name: str, compiler: str) -> None:
     [
         ("widened", "whose weight the graph makes: aten.mul.Tensor"),
         ("by a kernel", "no plain linear: fxfuse_tests.int8_linear.default"),
-        ("torchao int8", "projection"),
-        ("torchao int4", "projection"),
+        ("torchao int8", "whose weight is wrapped: Int8Tensor"),
+        ("torchao int4", "whose weight is wrapped: IntxUnpackedToInt8Tensor"),
     ],
 )
 @torch.no_grad()
