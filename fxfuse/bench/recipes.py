@@ -152,7 +152,12 @@ def _draw_paged(case: Case, device: str, generator: torch.Generator) -> Inputs:
     blocks = max(32, 2 * t // page)
     qkv = _normal(device, generator)(t, sum(shape.widths()))
     positions = torch.randint(TABLE_ROWS, (3, t), generator=generator, device=device)
-    slots = torch.randperm(blocks * page, generator=generator, device=device)[:t]
+    slots = torch.randperm(blocks * page, generator=generator, device=device)
+    if case.layout == "shuffled":
+        # As engines hand them out: pages in any order, a page's slots one after the other.
+        pages = torch.randperm(blocks, generator=generator, device=device)
+        slots = (pages[:, None] * page + torch.arange(page, device=device)).flatten()
+    slots = slots[:t]
     scales = [torch.full((1,), s, device=device) for s in (0.02, 0.01)]
     sizes = ((blocks, g, d // x, page, x), (blocks, g, page // x, d, x))
     caches = tuple(
@@ -160,7 +165,9 @@ def _draw_paged(case: Case, device: str, generator: torch.Generator) -> Inputs:
     )
     by_slot = (chains.keys_by_slot, chains.values_by_slot)
     args = (qkv, positions, slots, *scales, *caches)
-    return Inputs(args, caches, slots, gathered=4 * t * shape.rotary, by_slot=by_slot)
+    # Pairs of all axes lie in every 32 bytes of a row, so that a row of each axis is read whole.
+    gathered = len(positions) * 4 * t * shape.rotary
+    return Inputs(args, caches, slots, gathered=gathered, by_slot=by_slot)
 
 
 def _draw_qk_norm(case: Case, device: str, generator: torch.Generator) -> Inputs:
@@ -233,7 +240,7 @@ RECIPES = {
     "mrope": Recipe(
         shapes.MROPES,
         (1, 64, 256, 4096, 32768),
-        {"shuffled": chains.PagedMRope},
+        {"shuffled": chains.PagedMRope, "shuffled_random": chains.PagedMRope},
         looks_up=True,
         store=True,
         draw=_draw_paged,
