@@ -21,9 +21,7 @@ def planned(
     tile: Tile | None = None,
 ) -> launch.Launch:
     """The launch for tensors as they are."""
-    operands = {
-        name: Operand(x, tuple(x.shape), x.stride()) for name, x in tensors.items() if x is not None
-    }
+    operands = {name: Operand.of(x) for name, x in tensors.items() if x is not None}
     tokens = operands["q"].shape[1]
     return launch.plan(record, operands, eps, tokens, target, tile)
 

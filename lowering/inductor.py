@@ -42,7 +42,9 @@ def operand(box: Box) -> Operand:
     # A buffer may still change its strides after we have read them.
     realized.freeze_layout()
     value = realized if isinstance(realized, ir.TensorBox) else ir.TensorBox(realized)
-    return Operand(value, sizes(value.get_size()), sizes(value.get_stride()))
+    return Operand(
+        value, sizes(value.get_size()), sizes(value.get_stride()), value.get_dtype().itemsize
+    )
 
 
 def contiguous_operand(box: Box) -> Operand:

@@ -188,7 +188,7 @@ def launch_on(
     addends = [given[n] for n in ADDENDS if n in given]
     results = fxfuse.add_norm.empty_results(addends, record)
     given |= {"out": results[1]} | ({"sum": results[0]} if record.keep_sum else {})
-    operands = {n: Operand(t, tuple(t.shape), t.stride()) for n, t in given.items()}
+    operands = {n: Operand.of(t) for n, t in given.items()}
     x = addends[0]
     dtypes = tuple(a.dtype for a in addends)
     kernel: Any = norm_kernels.add_rms_norm

@@ -3,17 +3,27 @@
 import dataclasses
 from typing import Any
 
+from torch import Tensor
+
 # An int, or Inductor's symbolic expression of one.
 Size = Any
 
 
 @dataclasses.dataclass(frozen=True)
 class Operand:
-    """A tensor, or what Inductor holds for one, with its shape and strides in elements."""
+    """A tensor, or what Inductor holds for one, with its shape, its strides in elements, and how
+    many bytes an element has.
+    """
 
     value: Any
     shape: tuple[Size, ...]
     strides: tuple[Size, ...]
+    itemsize: int
+
+    @staticmethod
+    def of(x: Tensor) -> "Operand":
+        """A tensor as it is."""
+        return Operand(x, tuple(x.shape), x.stride(), x.itemsize)
 
     def steps(self, dims: int) -> tuple[Size, ...]:
         """Strides of the leading dims, 0 where the operand is broadcast."""

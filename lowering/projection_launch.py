@@ -101,7 +101,7 @@ def _streams(
     sums = _needed(operands, "sums")
     row = int(sums.shape[1])
     return {
-        name: Operand(sums.value, (batch, tokens, heads, d), (tokens * row, row, d, 1))
+        name: Operand(sums.value, (batch, tokens, heads, d), (tokens * row, row, d, 1), 4)
         for name, (heads, d) in widths(operands).items()
     }
 

@@ -124,11 +124,11 @@ def planned(
             out = empty(*(size[i] for i in at)).permute(at)
             operands[f"{name}_out"] = out
             results.append(out)
-    facts: dict[str, Any] = {n: Operand(t, tuple(t.shape), t.stride()) for n, t in given.items()}
+    facts: dict[str, Any] = {n: Operand.of(t) for n, t in given.items()}
     total = projection_launch.sums_shape(facts, rows)
     operands["sums"] = torch.full(total, float("nan"), device=x.device)
     operands["counters"] = torch.zeros(1024, dtype=torch.int32, device=x.device)
-    facts = {n: Operand(t, tuple(t.shape), t.stride()) for n, t in operands.items()}
+    facts = {n: Operand.of(t) for n, t in operands.items()}
     plan = projection_launch.plan(record, facts, EPS, "", block)
     return plan, results, operands["counters"]
 

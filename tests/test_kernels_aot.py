@@ -49,7 +49,7 @@ def planned(case: Operands, symbolic: bool = False) -> launch.Launch:
         tensors["k_out"] = k
     number = sympy.Integer if symbolic else int
     facts = {
-        name: Operand(x, tuple(x.shape), tuple(map(number, x.stride())))
+        name: Operand(x, tuple(x.shape), tuple(map(number, x.stride())), x.itemsize)
         for name, x in tensors.items()
         if x is not None
     }

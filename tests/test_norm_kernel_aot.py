@@ -31,7 +31,7 @@ def planned(name: str) -> launch.Launch:
     addends = [t for n, t in tensors.items() if n != "weight"]
     total, out = add_norm.empty_results(addends, case.record)
     tensors |= {"out": out} | ({"sum": total} if case.record.keep_sum else {})
-    facts = {n: Operand(t, tuple(t.shape), t.stride()) for n, t in tensors.items()}
+    facts = {n: Operand.of(t) for n, t in tensors.items()}
     rows = addends[0].numel() // case.record.channels
     return norm_launch.plan(case.record, facts, case.dtypes, EPS, rows)
 

@@ -306,7 +306,7 @@ def chosen(of: Way) -> Iterator[str]:
 def launched(of: Way) -> Iterator[str]:
     """The launch of the Triton kernel for a Hopper GPU."""
     tensors = _tensors(of) | {"q_out": torch.empty_like(_tensors(of)["q"])}
-    operands = {k: Operand(x, tuple(x.shape), x.stride()) for k, x in tensors.items()}
+    operands = {k: Operand.of(x) for k, x in tensors.items()}
     found = launch.plan(of.site.record, operands, (of.site.q.eps, 0.0), 1, "sm_90")
     tile = {key: found.constants[key] for key in ("TOKENS", "HEADS")}
     yield f"kernel     {found.kernel}"
