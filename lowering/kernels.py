@@ -8,7 +8,7 @@ first sum, and a token's slot is used last: few tokens wait for one memory laten
 What a record says comes as flat constexpr tuples, written by `launch.plan`:
 STREAM  programs, heads, channels, norm (0 none, 1 before, 2 after the rotation), statistic (0 none,
         1 rms, 2 l2, 3 layer), dims of the weight, offset of the weight, has_scale, scale,
-        heads_first, dims of the bias
+        heads_first, dims of the bias, heads of a program
 ROW     pairs; first, second, step of the pairs in x; the same in y; two signs; start in x, start in
         y, length of the low run; the same of the high run; the blocks of pairs, low and high;
         first, second, step of the pairs in cos; the same in sin
@@ -209,8 +209,7 @@ def tile(
     strides, q_eps, k_eps, T, sizes, block,
     Q: tl.constexpr, K: tl.constexpr, V: tl.constexpr, Q_ROW: tl.constexpr,
     K_ROW: tl.constexpr, V_ROW: tl.constexpr, K_KEEP: tl.constexpr, K_CACHE: tl.constexpr,
-    V_CACHE: tl.constexpr, LOOKUP: tl.constexpr, AXES: tl.constexpr,
-    TOKENS: tl.constexpr, HEADS: tl.constexpr,
+    V_CACHE: tl.constexpr, LOOKUP: tl.constexpr, AXES: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """One tile of q, k or v; strides = those of q, k, v, q_scale, k_scale, cos, sin, k_cache,
     v_cache, slots, offsets, positions, k_cache_scale and v_cache_scale; sizes = those of the
@@ -243,7 +242,7 @@ def tile(
     cos_ptr += i_b * s_cos[0] + o_r * s_cos[1]
     sin_ptr += i_b * s_sin[0] + o_r * s_sin[1]
     if i_block < Q[0]:
-        o_h, m_h = heads_of(i_block, HEADS, Q[1])
+        o_h, m_h = heads_of(i_block, Q[11], Q[1])
         row = row_of(
             q_ptr + i_b * s_q[0] + o_t * s_q[1] + o_h * s_q[2], q_weight_ptr, q_bias_ptr,
             q_scale_ptr + i_b * s_qs[0] + o_t * s_qs[1] + o_h * s_qs[2],
@@ -254,7 +253,7 @@ def tile(
         store_row(q_out_ptr + o_row * Q[2], row, m_t & m_h, 1, 0, 1, Q_ROW)
     if K[0] > 0:  # noqa: SIM102
         if (i_block >= Q[0]) & (i_block < Q[0] + K[0]):
-            o_h, m_h = heads_of(i_block - Q[0], HEADS, K[1])
+            o_h, m_h = heads_of(i_block - Q[0], K[11], K[1])
             row = row_of(
                 k_ptr + i_b * s_k[0] + o_t * s_k[1] + o_h * s_k[2], k_weight_ptr, k_bias_ptr,
                 k_scale_ptr + i_b * s_ks[0] + o_t * s_ks[1] + o_h * s_ks[2],
@@ -274,7 +273,7 @@ def tile(
                 store_row(ptr, row, m_t & m_h & there, s_kc[5], s_kc[6], K_CACHE[14], K_ROW)
     if V[0] > 0:  # noqa: SIM102
         if i_block >= Q[0] + K[0]:
-            o_h, m_h = heads_of(i_block - Q[0] - K[0], HEADS, V[1])
+            o_h, m_h = heads_of(i_block - Q[0] - K[0], V[11], V[1])
             row = row_of(
                 v_ptr + i_b * s_v[0] + o_t * s_v[1] + o_h * s_v[2], v_ptr, v_ptr, v_ptr,
                 cos_ptr, sin_ptr, o_h, m_h, m_t, m_r, s_v[3], 0, 0, 0.0, V, V_ROW,
@@ -306,9 +305,9 @@ def norm_rope_store(
     K_ROW: tl.constexpr, V_ROW: tl.constexpr,
     K_KEEP: tl.constexpr, K_CACHE: tl.constexpr, V_CACHE: tl.constexpr,
     LOOKUP: tl.constexpr, AXES: tl.constexpr, SINGLE: tl.constexpr,
-    TOKENS: tl.constexpr, HEADS: tl.constexpr,
+    TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """A program does TOKENS x HEADS rows of q, k or v of one batch row.
+    """A program does TOKENS tokens of some heads of q, k or v of one batch row.
 
     Grid: (ceil(T / TOKENS) * programs of q, k, v, B); the programs of a token are neighbours.
     Reads: q, k, v by their strides; tables, weights and scales once a program; the tokens' slots.
@@ -334,7 +333,7 @@ def norm_rope_store(
         q_bias_ptr, k_bias_ptr, q_scale_ptr, k_scale_ptr,
         cos_ptr, sin_ptr,
         strides, q_eps, k_eps, T, sizes, block, Q, K, V, Q_ROW, K_ROW, V_ROW,
-        K_KEEP, K_CACHE, V_CACHE, LOOKUP, AXES, TOKENS, HEADS,
+        K_KEEP, K_CACHE, V_CACHE, LOOKUP, AXES, TOKENS,
     )  # fmt: skip
 
 
@@ -347,8 +346,7 @@ def static_tile(
     STRIDES: tl.constexpr,
     Q: tl.constexpr, K: tl.constexpr, V: tl.constexpr, Q_ROW: tl.constexpr,
     K_ROW: tl.constexpr, V_ROW: tl.constexpr, K_KEEP: tl.constexpr, K_CACHE: tl.constexpr,
-    V_CACHE: tl.constexpr, LOOKUP: tl.constexpr, AXES: tl.constexpr,
-    TOKENS: tl.constexpr, HEADS: tl.constexpr,
+    V_CACHE: tl.constexpr, LOOKUP: tl.constexpr, AXES: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """tile where every stride is a number."""
     strides = (
@@ -370,7 +368,7 @@ def static_tile(
         q_bias_ptr, k_bias_ptr, q_scale_ptr, k_scale_ptr,
         cos_ptr, sin_ptr,
         strides, q_eps, k_eps, T, sizes, block, Q, K, V, Q_ROW, K_ROW, V_ROW,
-        K_KEEP, K_CACHE, V_CACHE, LOOKUP, AXES, TOKENS, HEADS,
+        K_KEEP, K_CACHE, V_CACHE, LOOKUP, AXES, TOKENS,
     )  # fmt: skip
 
 
@@ -385,7 +383,7 @@ def norm_rope_store_static(
     K_ROW: tl.constexpr, V_ROW: tl.constexpr,
     K_KEEP: tl.constexpr, K_CACHE: tl.constexpr, V_CACHE: tl.constexpr,
     LOOKUP: tl.constexpr, AXES: tl.constexpr, SINGLE: tl.constexpr,
-    TOKENS: tl.constexpr, HEADS: tl.constexpr,
+    TOKENS: tl.constexpr,
 ):  # fmt: skip
     """norm_rope_store where every stride is a number: fewer arguments and registers (on an H200
     0.07 of 1.4 microseconds for one token, 0.25 of 3.4 for 256).
@@ -396,5 +394,5 @@ def norm_rope_store_static(
         positions_ptr, k_cache_scale_ptr, v_cache_scale_ptr, q_weight_ptr, k_weight_ptr,
         q_bias_ptr, k_bias_ptr, q_scale_ptr, k_scale_ptr, cos_ptr, sin_ptr, q_eps, k_eps, T,
         k_size_0, k_size_1, k_size_2, v_size_0, v_size_1, v_size_2, block, STRIDES,
-        Q, K, V, Q_ROW, K_ROW, V_ROW, K_KEEP, K_CACHE, V_CACHE, LOOKUP, AXES, TOKENS, HEADS,
+        Q, K, V, Q_ROW, K_ROW, V_ROW, K_KEEP, K_CACHE, V_CACHE, LOOKUP, AXES, TOKENS,
     )  # fmt: skip

@@ -12,7 +12,7 @@ from typing import Any
 
 from fxfuse.lowering import launch_stores
 from fxfuse.lowering.operand import Operand, Size
-from fxfuse.lowering.tiles import Tile, tile_for
+from fxfuse.lowering.tiles import Rows, Tile, tile_for
 from fxfuse.patterns.axes import runs_of
 from fxfuse.patterns.record import Pair, Pass, Record, Stream
 
@@ -46,21 +46,19 @@ def plan(
     q, k, v = _needed(operands, "q"), operands.get("k"), operands.get("v")
     heads, kv_heads = int(q.shape[2]), int((k or v or q).shape[2])
     rows = tokens * (heads + sum(kv_heads for x in (k, v) if x))
-    scattered = is_scattered(record)
-    tile = tile or tile_for(target, rows, widest_run(record.q), scattered=scattered)
-    most = power_above(max(heads, kv_heads))
-    tile = dataclasses.replace(tile, heads=min(tile.heads, most))
+    tile = tile or tile_for(target, rows, _kind_of(record, operands))
     constants = dict(record_constants(record))
     programs = []
     for name, stream, x in (("Q", record.q, q), ("K", record.k, k), ("V", record.v, v)):
         count = int(x.shape[2]) if x else 0
-        programs.append(-(-count // tile.heads))
+        each = min(tile.heads, power_above(count))
+        programs.append(-(-count // each))
         weights = [operands.get(f"{name.lower()}_{part}") for part in ("weight", "bias")]
-        constants[name] = _stream(stream or record.q, programs[-1], count, *weights)
+        constants[name] = (*_stream(stream or record.q, programs[-1], count, *weights), each)
         constants[f"{name}_ROW"] = _row(stream or record.q)
     constants |= launch_stores.constants(record, operands)
     constants |= {"LOOKUP": _table_rows(operands), "AXES": axis_runs(record)}
-    constants |= {"TOKENS": tile.tokens, "HEADS": tile.heads, "SINGLE": q.shape[:2] == (1, 1)}
+    constants |= {"TOKENS": tile.tokens, "SINGLE": q.shape[:2] == (1, 1)}
     grid = (ceil_div(q.shape[1], tile.tokens) * sum(programs), q.shape[0])
     pointers, strides = _pointers(operands), _strides(record, operands)
     arguments = pointers | _scalars(record, operands, eps)
@@ -82,6 +80,17 @@ def kernel_of(name: str) -> Any:
 
     module = kernels if hasattr(kernels, name) else projection_kernel
     return getattr(module, name)
+
+
+def _kind_of(record: Record, operands: Mapping[str, Operand | None]) -> Rows:
+    """What the launch table asks of a row."""
+    cos = operands.get("cos")
+    return Rows(
+        channels=record.q.channels,
+        run=widest_run(record.q),
+        wide_tables=cos is not None and cos.itemsize > 2,
+        scattered=is_scattered(record),
+    )
 
 
 def is_scattered(record: Record) -> bool:
@@ -234,7 +243,7 @@ KINDS = {"rms": 1, "l2": 2, "layer": 3}
 def _stream(
     stream: Stream, programs: int, heads: int, weight: Operand | None, bias: Operand | None
 ) -> tuple[Any, ...]:
-    """The kernel's tuple of a stream: see its module."""
+    """The kernel's tuple of a stream but for the heads of a program: see its module."""
     norm = stream.norm
     when = {"before": 1, "after": 2}[norm.when] if norm else 0
     kind = KINDS[norm.kind] if norm and norm.over == "head" else 0

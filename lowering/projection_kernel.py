@@ -84,7 +84,7 @@ def project_norm_rope_store(
     Q: tl.constexpr, K: tl.constexpr, V: tl.constexpr, Q_ROW: tl.constexpr,
     K_ROW: tl.constexpr, V_ROW: tl.constexpr,
     K_KEEP: tl.constexpr, K_CACHE: tl.constexpr, V_CACHE: tl.constexpr,
-    LOOKUP: tl.constexpr, AXES: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
+    LOOKUP: tl.constexpr, AXES: tl.constexpr, TOKENS: tl.constexpr,
     Q_PROJ: tl.constexpr, K_PROJ: tl.constexpr, V_PROJ: tl.constexpr,
     BATCH: tl.constexpr, HIDDEN: tl.constexpr, M: tl.constexpr, PARTS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
@@ -127,6 +127,5 @@ def project_norm_rope_store(
                 q_scale_ptr, k_scale_ptr, cos_ptr, sin_ptr, q_eps, k_eps, T,
                 k_size_0, k_size_1, k_size_2, v_size_0, v_size_1, v_size_2,
                 (tl.cast(i_b, tl.int64), tl.cast(0, tl.int64), i_block), STRIDES,
-                Q, K, V, Q_ROW, K_ROW, V_ROW, K_KEEP, K_CACHE, V_CACHE, LOOKUP, AXES,
-                TOKENS, HEADS,
+                Q, K, V, Q_ROW, K_ROW, V_ROW, K_KEEP, K_CACHE, V_CACHE, LOOKUP, AXES, TOKENS,
             )  # fmt: skip

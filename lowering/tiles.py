@@ -61,10 +61,42 @@ TILES: dict[str, tuple[Rule, ...]] = {"sm_90": HOPPER}
 SCATTERED = Tile(1, 8, 2)
 FEW_ROWS = 640
 
+# Rows by float32 tables, measured on the H200 for 64 to 256 channels, pairs of either kind: 1,024
+# elements a program, up to WIDE_ROWS on 4 warps, so that all of a token's loads are under way at
+# once; beyond on one, with as many tokens as make 128 elements of a table, 16 bytes a thread.
+WIDE_ROWS = 2**15
 
-def tile_for(target: str, rows: int, run: int, *, scattered: bool = False) -> Tile:
-    """The tile for a launch on a target, such as "sm_90"."""
-    if scattered and rows > FEW_ROWS:
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """What rows of a launch are like.
+
+    channels     D
+    run          see Rule
+    wide_tables  cos and sin have 4 bytes an element
+    scattered    each pair turns by a table row of its own, or a cache's innermost axis is none of
+                 channels
+    """
+
+    channels: int
+    run: int
+    wide_tables: bool = False
+    scattered: bool = False
+
+
+def tile_for(target: str, rows: int, kind: Rows) -> Tile:
+    """The tile for a launch of so many rows on a target, such as "sm_90"."""
+    if kind.scattered and rows > FEW_ROWS:
         return SCATTERED
+    if kind.wide_tables and rows > FEW_ROWS:
+        return _wide(rows, kind)
     rules = TILES.get(target, DEFAULT)
-    return next(rule.tile for rule in rules if rows <= rule.rows and run <= rule.run)
+    return next(rule.tile for rule in rules if rows <= rule.rows and kind.run <= rule.run)
+
+
+def _wide(rows: int, kind: Rows) -> Tile:
+    channels, run = (1 << (n - 1).bit_length() for n in (kind.channels, kind.run))
+    if rows <= WIDE_ROWS:
+        return Tile(1, max(1, 1024 // channels), 4)
+    tokens = max(1, 128 // run)
+    return Tile(tokens, max(1, 1024 // (tokens * channels)), 1)

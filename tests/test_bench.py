@@ -19,7 +19,7 @@ from fxfuse.bench.chains import Chain
 from fxfuse.bench.opponents import Opponent
 from fxfuse.bench.recipes import Case
 from fxfuse.lowering import launch
-from fxfuse.lowering.tiles import Tile, tile_for
+from fxfuse.lowering.tiles import Rows, Tile, tile_for
 
 T = 5
 WHOLE = [(name, layout) for name in recipes.RECIPES for layout in recipes.RECIPES[name].chains]
@@ -73,6 +73,27 @@ def test_tune_times_what_the_recipes_fuse() -> None:
 
 
 @pytest.mark.null
+@pytest.mark.parametrize(
+    ("channels", "run", "rows", "wanted"),
+    [
+        (128, 64, 4096, Tile(1, 8, 4)),
+        (64, 32, 4096, Tile(1, 16, 4)),
+        (128, 64, 2**17, Tile(2, 4, 1)),
+        (64, 32, 2**17, Tile(4, 4, 1)),
+        (128, 128, 2**17, Tile(1, 8, 1)),
+        (256, 256, 2**17, Tile(1, 4, 1)),
+        (80, 40, 2**17, Tile(2, 4, 1)),
+    ],
+)
+def test_rows_by_float32_tables_have_tiles_of_1024_elements(
+    channels: int, run: int, rows: int, wanted: Tile
+) -> None:
+    kind = Rows(channels, run, wide_tables=True)
+    assert tile_for("sm_90", rows, kind) == wanted
+    assert tile_for("sm_90", rows, dataclasses.replace(kind, scattered=True)) == Tile(1, 8, 2)
+
+
+@pytest.mark.null
 def test_tiles_that_are_tuned_fit() -> None:
     pytest.importorskip("triton")
     for shape, tokens in itertools.product(tune.SHAPES, tune.TOKENS):
@@ -80,7 +101,9 @@ def test_tiles_that_are_tuned_fit() -> None:
         tiles = tune.candidates(shape, run, tokens)
         assert tiles and all(t.tokens <= tokens for t in tiles)
         rows = tokens * (shape.heads + 2 * shape.kv_heads)
-        assert tile_for("sm_90", rows, run).warps in (1, 2, 4, 8)
+        for wide in (False, True):
+            kind = Rows(shape.head_dim, run, wide_tables=wide)
+            assert tile_for("sm_90", rows, kind).warps in (1, 2, 4, 8)
     every = [{Tile(1, 1, 1): 2.0, Tile(2, 1, 1): 1.0}, {Tile(1, 1, 1): 1.0, Tile(2, 1, 1): 1.5}]
     assert tune.least_loss(every)[0] == Tile(2, 1, 1)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import fxfuse.ops
 from fxfuse.lowering import launch
-from fxfuse.lowering.tiles import Tile, tile_for
+from fxfuse.lowering.tiles import Rows, Tile, tile_for
 from tests.drawn_sites import INTEGERS, Drawn, Site, drawn, sites
 from tests.sites import Operands
 from tests.truth import Numbers, is_one_rounding, truth
@@ -131,9 +131,10 @@ def test_the_kernel_is_no_less_exact_than_the_plain_path(part: int) -> None:
 
     @seed(part)
     @settings(max_examples=4, deadline=None, suppress_health_check=HEALTH, phases=NO_SHRINKING)
-    @given(sites(HARDWARE), ROWS, st.lists(CALL, min_size=40, max_size=40))
-    def each(site: Site, rows: int, calls: list[tuple[int, int, int]]) -> None:
-        tile = tile_for("", rows, launch.widest_run(site.record.q))
+    @given(sites(HARDWARE), ROWS, st.booleans(), st.lists(CALL, min_size=40, max_size=40))
+    def each(site: Site, rows: int, wide: bool, calls: list[tuple[int, int, int]]) -> None:
+        q = site.record.q
+        tile = tile_for("", rows, Rows(q.channels, launch.widest_run(q), wide_tables=wide))
         for call in calls:
             one, again, plain = (drawn(site, *call, device="cuda") for _ in range(3))
             found, repeated = launched(one, tile), launched(again, tile)
