@@ -1,0 +1,164 @@
+"""The kernels of one decode step by what they are for, told by their names and their order.
+
+In come the names in stream order, and how many layers ran; out comes one of GROUPS for each.
+Attention kernels part a step into layers. Behind one come, with a norm before each block but the
+first:
+
+    output product | products of the MLP | products of q, k and v, prelude, copies of K and V | ...
+
+and behind the last one the output product, the MLP and the head. What does not fit is `other`,
+and so is everything but attention in a step that is not made so.
+"""
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Sequence
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """One that ran."""
+
+    name: str
+    us: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Total:
+    """What the kernels of a group took in one step."""
+
+    us: float
+    kernels: int
+
+
+# projection: the products of q, k and v with the norm before them, and the prelude behind them.
+GROUPS = ("projection", "attention", "output", "mlp", "head", "other")
+
+# What a kernel is, by the first pattern found in its name. Inductor names its own kernels
+# triton_<sort>_fused_<ATen ops>_<number>; a template's sort is tem.
+KINDS = {
+    "attention": re.compile(r"(?i)^(?!triton_(?!tem)).*(?:fmha|flash|attention|sdpa)"),
+    "projection": re.compile(r"project_norm_rope_store"),
+    "prelude": re.compile(r"norm_rope_store"),
+    "softmax": re.compile(r"(?i)^triton_.*_softmax_|softmax_?(?:warp_)?forward"),
+    "product": re.compile(
+        r"(?i)gemm|gemv|gemvx|nvjet|cutlass|splitk|cublas|^triton_(?:.*_)?(?:add|b|badd|scaled_)?mm_"
+    ),
+    "norm": re.compile(r"rms_norm|layer_norm|_(?:rsqrt|mean|pow|var_mean)_"),
+}
+PRODUCTS = ("projection", "product")
+
+# What a kernel behind the first product of q, k and v is for, by the first pattern found in its
+# name: heads are expanded by expand + clone, and one kernel that also rotates is neither.
+_ROTATES = "_(?:rsqrt|neg|cat|cos|sin)_"
+_EXPANDS = "_(?:expand|clone|repeat_interleave)_"
+BEHIND = {
+    "other": re.compile(rf"^(?=.*{_ROTATES})(?=.*{_EXPANDS})"),
+    "projection": re.compile(rf"norm_rope_store|{_ROTATES}|_(?:mean|pow|index_copy|index_put)_"),
+    "attention": re.compile(rf"{_EXPANDS}|_scaled_dot_product_\w*attention"),
+}
+
+
+def grouped(names: Sequence[str], layers: int) -> list[str]:
+    """A group for each kernel of a step; names in stream order."""
+    kinds = _with_attention_by_hand([_first(KINDS, name) for name in names])
+    groups = ["attention" if kind == "attention" else "other" for kind in kinds]
+    spans = _spans(kinds)
+    blocks = [_blocks(kinds, span) for span in spans[1:]]
+    if len(blocks) != layers or not _alike(blocks):
+        return groups
+    for before, behind in itertools.pairwise(spans):
+        _fill(groups, before.stop, behind.start - 1, "attention")
+    for (output, mlp, *rest), span in zip(blocks, spans[1:], strict=True):
+        _fill(groups, output[0], output[-1], "output")
+        _fill(groups, output[-1] + 1, mlp[-1], "mlp")
+        last = span is spans[-1]
+        _fill(groups, mlp[-1] + 1, rest[0][-1], "head" if last else "projection")
+        if not last:
+            _behind(groups, names, kinds, range(rest[0][0], span.stop))
+    _first_layer(groups, names, kinds, spans[0], [sum(map(len, b[2:])) for b in blocks[:-1]])
+    return groups
+
+
+def _first(patterns: dict[str, re.Pattern[str]], name: str) -> str:
+    return next((key for key, pattern in patterns.items() if pattern.search(name)), "other")
+
+
+def _with_attention_by_hand(kinds: list[str]) -> list[str]:
+    """Where no attention kernel ran: each softmax and the product on either side of it."""
+    if "attention" in kinds:
+        return kinds
+    found = list(kinds)
+    products = [i for i, kind in enumerate(kinds) if kind == "product"]
+    for i in [i for i, kind in enumerate(kinds) if kind == "softmax"]:
+        before, after = [j for j in products if j < i][-1:], [j for j in products if j > i][:1]
+        for j in (*before, i, *after):
+            found[j] = "attention"
+    return found
+
+
+def _spans(kinds: Sequence[str]) -> list[range]:
+    """What lies before, between and behind the attentions of layers."""
+    edges: list[int] = [0]
+    last: int | None = None
+    for i in [i for i, kind in enumerate(kinds) if kind == "attention"]:
+        # One attention may be several kernels, with copies between them but no product.
+        if last is None or any(kind in PRODUCTS for kind in kinds[last:i]):
+            edges += [i, i + 1]
+        edges[-1] = i + 1
+        last = i
+    edges.append(len(kinds))
+    return [range(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True)]
+
+
+def _blocks(kinds: Sequence[str], span: range) -> list[list[int]]:
+    """The products of a span, a new block behind every norm."""
+    blocks: list[list[int]] = []
+    fresh = True
+    for i in span:
+        if kinds[i] in PRODUCTS:
+            if fresh or kinds[i] == "projection":
+                blocks.append([])
+            blocks[-1].append(i)
+        fresh = kinds[i] == "norm" or (fresh and kinds[i] not in PRODUCTS)
+    return blocks
+
+
+def _alike(blocks: Sequence[list[list[int]]]) -> bool:
+    """Every layer has as many products in each of its parts, and the last has one more block."""
+    *inner, last = blocks
+    parts = {(len(b[0]), len(b[1])) for b in blocks if len(b) >= 3}
+    whole = len(last) == 3 and all(len(b) >= 3 for b in inner)
+    return whole and len(parts) == 1 and len({sum(map(len, b[2:])) for b in inner}) <= 1
+
+
+def _fill(groups: list[str], first: int, last: int, group: str) -> None:
+    groups[first : last + 1] = [group] * (last + 1 - first)
+
+
+def _behind(groups: list[str], names: Sequence[str], kinds: Sequence[str], span: range) -> None:
+    """From the first product of q, k and v to the attention."""
+    for i in span:
+        product = kinds[i] in PRODUCTS
+        groups[i] = "projection" if product else _first(BEHIND, names[i])
+
+
+def _first_layer(
+    groups: list[str], names: Sequence[str], kinds: Sequence[str], span: range, others: list[int]
+) -> None:
+    """Before the first attention: as many products as in other layers, and the norm before."""
+    products = [i for i in span if kinds[i] in PRODUCTS]
+    if not others or len(products) < others[0]:
+        return
+    start = products[-others[0]]
+    _behind(groups, names, kinds, range(start, span.stop))
+    if start > 0 and kinds[start - 1] == "norm":
+        groups[start - 1] = "projection"
+
+
+def totals(kernels: Sequence[Kernel], layers: int) -> dict[str, Total]:
+    """What each group takes; together, what all kernels take."""
+    found = grouped([kernel.name for kernel in kernels], layers)
+    parts = {g: [k.us for k, own in zip(kernels, found, strict=True) if own == g] for g in GROUPS}
+    return {group: Total(sum(us), len(us)) for group, us in parts.items()}
