@@ -1,8 +1,8 @@
-"""Whole models, stock Inductor beside fxfuse: decode and prefill with a static cache, and one
-denoise step.
+"""Whole models, stock Inductor beside fxfuse: decode, prefill and generate() with a static cache,
+and one denoise step.
 
 In comes a model, out comes a Whole for each backend: the error against eager, what was fused, then
-ms, kernels and compile seconds. Prefill and decode are compiled apart, each at its own shape.
+ms, memory, kernels and compile seconds. Each phase is compiled apart, at its own shape.
 """
 
 import dataclasses
@@ -19,15 +19,16 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import fxfuse
-from fxfuse.bench import models, timing
+from fxfuse.bench import generation, groups, models, timing
+from fxfuse.bench.groups import Kernel, Total
 from fxfuse.bench.models import Model
 from fxfuse.bench.rows import told as told_of
 from fxfuse.bench.timing import Spread
 
-PROMPT, WARM_UP, TURN = 16, 6, 10
+PROMPT, WARM_UP, TURN, TRACED = 16, 6, 10, 5
 # bfloat16 through many layers; garbage is near 1.4.
 LARGEST = 0.1
-PHASES = ("decode", "prefill")
+PHASES = ("decode", "prefill", *generation.PHASES)
 # inductor_gqa: stock, with transformers told to keep heads grouped by a switch of its environment;
 # a backend of another value, or torch would share what it compiled for the first.
 BACKENDS: dict[str, Any] = {
@@ -50,6 +51,12 @@ class Whole:
     sites       fused attention sites, and of these the ones with their store
     ms          one step at a time, the host waiting for each, as when tokens are streamed
     queued_ms   the same steps queued without waiting
+    step_bytes  the most that the steps of the warm-up had allocated, the recording of their graph
+                among them, less what was before: weights, cache, other backends' results
+    groups      GPU time and kernels of a decode step by what they are for
+    traced      these kernels, in stream order
+
+    Of a phase that makes many tokens in one call, ms are of one token.
     """
 
     model: str
@@ -63,8 +70,17 @@ class Whole:
     stores: int = 0
     ms: Spread | None = None
     queued_ms: Spread | None = None
+    step_bytes: int | None = None
     kernels: int | None = None
+    groups: dict[str, Total] | None = None
+    traced: list[Kernel] = dataclasses.field(default_factory=list)
     compile_s: float = 0.0
+
+    def tokens_per_s(self) -> float | None:
+        """Of the whole batch; a prompt makes none."""
+        if self.ms is None or self.phase not in ("decode", *generation.PHASES):
+            return None
+        return 1e3 * self.batch / self.ms.median
 
 
 Told = Callable[[Whole], None]
@@ -104,49 +120,78 @@ class Decoder:
 class Phase:
     """What is checked once, and timed many times.
 
+    eager     the model, uncompiled
+    compiled  the model as a backend and a mode compile it
     prepare   before a check, and before each sample where `single`
     result    what is compared with eager
     step      what is timed
+    tokens    made by one step
     """
 
+    eager: Any
+    compiled: Callable[[Any, str | None], Any]
     prepare: Callable[[], Any]
     result: Callable[[Any], Tensor]
     step: Callable[[Any], Any]
     single: bool
+    tokens: int = 1
 
 
-def _phases(decoder: Decoder, tokens: int) -> dict[str, Phase]:
-    prompt = decoder.prompt(tokens)
-    return {
-        "decode": Phase(
+def _compiled(eager: Any, backend: Any, mode: str | None) -> Any:
+    return torch.compile(eager, backend=backend, mode=mode)
+
+
+def _phase(name: str, decoder: Decoder, args: Any) -> Phase:
+    eager = decoder.eager
+    compiled = functools.partial(_compiled, eager)
+    if name == "decode":
+        return Phase(
+            eager,
+            compiled,
             decoder.start,
             lambda model: decoder.logits(model, decoder.token).clone(),
             decoder.step,
             single=False,
-        ),
-        "prefill": Phase(
+        )
+    if name == "prefill":
+        prompt = decoder.prompt(args.prefill)
+        return Phase(
+            eager,
+            compiled,
             decoder.cache.reset,
             lambda model: decoder.logits(model, prompt).clone(),
             lambda model: decoder.logits(model, prompt),
             single=True,
-        ),
-    }
+        )
+    cache = decoder.cache if name == generation.KEPT else None
+    call = generation.Call(eager, decoder.prompt(PROMPT), args.new_tokens, args.slots, cache)
+    return Phase(
+        call.eager,
+        call.compiled,
+        decoder.cache.reset,
+        call.second_logits,
+        lambda generate: generate(),
+        single=True,
+        tokens=args.new_tokens,
+    )
 
 
 @torch.no_grad()
 def measure(model: Model, plan: Plan, args: Any, device: str, told: Told) -> None:
     """Every batch, phase and backend of one text model."""
     eager = models.made(model, device, args.layers)
+    # A body with a head of ours has no generate().
+    able = hasattr(eager, "generate")
+    phases = [name for name in args.phases if able or name not in generation.PHASES]
     for batch, backends in plan.items():
         decoder = Decoder(eager, batch, args.slots, device)
         decoder.start()
-        phases = _phases(decoder, args.prefill)
-        for name in args.phases:
+        for name in phases:
             rows = [
                 Whole(model.name, name, batch, backend, eager.config.num_hidden_layers)
                 for backend in backends
             ]
-            _fill(rows, phases[name], eager, args, device, told)
+            _fill(rows, _phase(name, decoder, args), args, device, told)
 
 
 @torch.no_grad()
@@ -161,27 +206,30 @@ def denoise(plan: Plan, args: Any, device: str, told: Told) -> None:
             return out.clone()
 
         rows = [Whole("Flux", "denoise", batch, backend, depth) for backend in backends]
-        phase = Phase(lambda: None, result, result, single=False)
-        _fill(rows, phase, eager, args, device, told)
+        compiled = functools.partial(_compiled, eager)
+        phase = Phase(eager, compiled, lambda: None, result, result, single=False)
+        _fill(rows, phase, args, device, told)
 
 
-def _fill(rows: list[Whole], phase: Phase, eager: Any, args: Any, device: str, told: Told) -> None:
+def _fill(rows: list[Whole], phase: Phase, args: Any, device: str, told: Told) -> None:
     """Compile each backend's model and compare it with eager; time those that are right in turns,
     so that what the machine does beside hits all of them.
     """
     phase.prepare()
-    wanted = phase.result(eager)
+    wanted = phase.result(phase.eager)
     torch.compiler.reset()
     mode = None if args.mode == "default" else args.mode
     timed: list[tuple[Whole, Any]] = []
     for row in rows:
-        model = torch.compile(eager, backend=BACKENDS[row.backend], mode=mode)
+        model = phase.compiled(BACKENDS[row.backend], mode)
         if row.backend == "inductor_gqa":
             model = _told_to_group(model)
         try:
             _check(row, phase, model, wanted, device)
             if row.wrong is None and not args.compile_only:
-                row.kernels = _kernels(_warm(phase, model), device)
+                step = _warm(row, phase, model, device)
+                if device == "cuda" and phase.tokens == 1:
+                    _trace(row, step)
                 timed.append((row, model))
         except Exception as problem:
             row.wrong = told_of(problem)
@@ -218,27 +266,35 @@ def _check(row: Whole, phase: Phase, model: Any, wanted: Tensor, device: str) ->
         row.wrong = f"error {row.error:.2e} against eager"
 
 
-def _warm(phase: Phase, model: Any) -> Callable[[], Any]:
+def _warm(row: Whole, phase: Phase, model: Any, device: str) -> Callable[[], Any]:
     """A step that has settled: graphs are recorded."""
-    for _ in range(WARM_UP):
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    for _ in range(WARM_UP if phase.tokens == 1 else 2):
         if phase.single:
             phase.prepare()
         phase.step(model)
+    _wait(device)
+    if device == "cuda":
+        row.step_bytes = torch.cuda.max_memory_allocated() - before
     if phase.single:
         phase.prepare()
     return functools.partial(phase.step, model)
 
 
 def _time(timed: list[tuple[Whole, Any]], phase: Phase, rounds: int, device: str) -> None:
-    """`rounds` samples of each, TURN at a time."""
+    """`rounds` samples of each, TURN at a time; of calls that make many tokens a turn of turns."""
     waited: dict[str, list[float]] = {row.backend: [] for row, _ in timed}
     queued: dict[str, list[float]] = {row.backend: [] for row, _ in timed}
     before = phase.prepare if phase.single else lambda: None
+    turn = TURN if phase.tokens == 1 else 1
     for _ in range(-(-rounds // TURN)):
         for row, model in timed:
             one = functools.partial(phase.step, model)
-            one()  # the first after another model waits for its weights
-            waited[row.backend] += [_one(before, one, device) for _ in range(TURN)]
+            _one(before, one, device)  # the first after another model waits for its weights
+            taken = [_one(before, one, device) for _ in range(turn)]
+            waited[row.backend] += [ms / phase.tokens for ms in taken]
             if device == "cuda" and not phase.single:
                 queued[row.backend] += _queued(one, TURN)
     for row, _ in timed:
@@ -248,7 +304,7 @@ def _time(timed: list[tuple[Whole, Any]], phase: Phase, rounds: int, device: str
 
 def decoded(rounds: int) -> int:
     """How many tokens are decoded at most between two resets of the cache."""
-    return len(BACKENDS) * (WARM_UP + 2 + -(-rounds // TURN) * (2 * TURN + 2))
+    return len(BACKENDS) * (WARM_UP + 1 + TRACED + -(-rounds // TURN) * (2 * TURN + 2))
 
 
 def _one(before: Callable[[], Any], step: Callable[[], Any], device: str) -> float:
@@ -270,16 +326,25 @@ def _queued(step: Callable[[], Any], rounds: int) -> Sequence[float]:
     return [float(a.elapsed_time(b)) for a, b in itertools.pairwise(marks)]
 
 
-def _kernels(step: Callable[[], Any], device: str) -> int | None:
-    """Kernels of one step, copies and fills not counted; None without a GPU."""
-    _wait(device)
-    if device != "cuda":
-        return None
+def _trace(row: Whole, step: Callable[[], Any]) -> None:
+    """The kernels of one step; of several steps the one with the median sum."""
+    steps = sorted((_kernels(step) for _ in range(TRACED)), key=lambda ks: sum(k.us for k in ks))
+    row.traced = steps[TRACED // 2]
+    row.kernels = len(row.traced)
+    if row.phase == "decode":
+        row.groups = groups.totals(row.traced, row.layers)
+
+
+def _kernels(step: Callable[[], Any]) -> list[Kernel]:
+    """Kernels of one step in stream order, without copies, fills and ranges of annotations."""
+    torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as trace:
         step()
         torch.cuda.synchronize()
-    names = [e.name for e in trace.events() or () if e.device_type.name == "CUDA"]
-    return sum(not name.startswith(("Memcpy", "Memset")) for name in names)
+    ran = [e for e in trace.events() or () if e.device_type.name == "CUDA"]
+    ran = [e for e in ran if not (e.is_user_annotation or e.name.startswith(("Memcpy", "Memset")))]
+    ran.sort(key=lambda e: e.time_range.start)
+    return [Kernel(e.name, e.time_range.elapsed_us()) for e in ran]
 
 
 def _wait(device: str) -> None:
