@@ -43,7 +43,7 @@ KINDS = {
     "prelude": re.compile(r"norm_rope_store"),
     "softmax": re.compile(r"(?i)^triton_.*_softmax_|softmax_?(?:warp_)?forward"),
     "product": re.compile(
-        r"(?i)gemm|gemv|gemvx|nvjet|cutlass|splitk|cublas|^triton_(?:.*_)?(?:add|b|badd|scaled_)?mm_"
+        r"(?i)gemm|gemv|nvjet|cutlass|splitk|cublas|^triton_(?:.*_)?(?:add|b|badd|scaled_)?mm_"
     ),
     "norm": re.compile(r"rms_norm|layer_norm|_(?:rsqrt|mean|pow|var_mean)_"),
 }
