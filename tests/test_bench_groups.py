@@ -21,6 +21,7 @@ SILU = "triton_poi_fused__unsafe_view_mul_silu_5"
 ROTATE = "triton_poi_fused__to_copy__unsafe_view_add_cat_cos_mul_neg_slice_transpose_view_2"
 STORE = "triton_poi_fused_index_copy_transpose_view_7"
 EXPAND = "triton_poi_fused__unsafe_view_clone_expand_unsqueeze_view_8"
+SOFTMAX = "triton_per_fused__softmax_add_9"
 EMBED = "triton_poi_fused_embedding_0"
 TABLE = "void gemmSN_NN_kernel<float, 256, 4, 2, 8, 4, 4, false>"
 ARGMAX = "void at::native::reduce_kernel<512, 1, at::native::ReduceOp<at::native::ArgMaxOps>>"
@@ -97,8 +98,17 @@ STEPS: dict[str, Step] = {
         *STOCK_PRELUDE,
         *EXPANDED,
         ("gemmk1_kernel", "attention"),
-        ("triton_per_fused__softmax_add_9", "attention"),
+        (SOFTMAX, "attention"),
         ("gemmk1_kernel", "attention"),
+    ),
+    "attention by hand, split products": step(
+        (NORM, "projection"),
+        ("project_norm_rope_store", "projection"),
+        (NVJET, "attention"),
+        (REDUCE, "attention"),
+        (SOFTMAX, "attention"),
+        ("triton_red_fused_bmm_3", "attention"),
+        ("triton_per_fused_bmm_4", "attention"),
     ),
     "norms on both sides": [
         *FIRST,
@@ -119,6 +129,9 @@ def test_kernels_are_told_by_name_and_order(name: str) -> None:
 WHOLE = [name for name, _ in STEPS["stock"]]
 
 
+BY_HAND = [n for n, _ in STEPS["attention by hand"] if n != "gemmk1_kernel"]
+
+
 def only_attention(names: list[str], layers: int = 3) -> bool:
     return set(grouped(names, layers)) <= {"attention", "other"}
 
@@ -136,6 +149,8 @@ def only_attention(names: list[str], layers: int = 3) -> bool:
         ("two heads", [*WHOLE, NORM, GEMV], 3),
         ("one norm in the MLP", [n.replace(SILU, NORM) for n in WHOLE], 3),
         ("nothing", [], 1),
+        ("a softmax between products of other parts", BY_HAND, 3),
+        ("a softmax and no attention", [n.replace(EFFICIENT, SOFTMAX) for n in WHOLE], 3),
     ],
 )
 def test_what_cannot_be_told_is_other(why: str, names: list[str], layers: int) -> None:

@@ -42,12 +42,15 @@ KINDS = {
     "projection": re.compile(r"project_norm_rope_store"),
     "prelude": re.compile(r"norm_rope_store"),
     "softmax": re.compile(r"(?i)^triton_.*_softmax_|softmax_?(?:warp_)?forward"),
+    # The second kernel of a product whose sum is split.
+    "sum": re.compile(r"(?i)splitkreduce"),
+    "batched": re.compile(r"^triton_(?:.*_)?(?:b|badd)mm_"),
     "product": re.compile(
-        r"(?i)gemm|gemv|nvjet|cutlass|splitk|cublas|^triton_(?:.*_)?(?:add|b|badd|scaled_)?mm_"
+        r"(?i)gemm|gemv|nvjet|cutlass|splitk|cublas|^triton_(?:.*_)?(?:add|scaled_)?mm_"
     ),
     "norm": re.compile(r"rms_norm|layer_norm|_(?:rsqrt|mean|pow|var_mean)_"),
 }
-PRODUCTS = ("projection", "product")
+PRODUCTS = ("projection", "product", "batched", "sum")
 
 # What a kernel behind the first product of q, k and v is for, by the first pattern found in its
 # name: heads are expanded by expand + clone, and one kernel that also rotates is neither.
@@ -62,8 +65,10 @@ BEHIND = {
 
 def grouped(names: Sequence[str], layers: int) -> list[str]:
     """A group for each kernel of a step; names in stream order."""
-    kinds = _with_attention_by_hand([_first(KINDS, name) for name in names])
+    kinds = [_first(KINDS, name) for name in names]
     groups = ["attention" if kind == "attention" else "other" for kind in kinds]
+    if "attention" not in kinds:
+        kinds = _by_hand(names, kinds)
     spans = _spans(kinds)
     blocks = [_blocks(kinds, span) for span in spans[1:]]
     if len(blocks) != layers or not _alike(blocks):
@@ -85,17 +90,31 @@ def _first(patterns: dict[str, re.Pattern[str]], name: str) -> str:
     return next((key for key, pattern in patterns.items() if pattern.search(name)), "other")
 
 
-def _with_attention_by_hand(kinds: list[str]) -> list[str]:
-    """Where no attention kernel ran: each softmax and the product on either side of it."""
-    if "attention" in kinds:
-        return kinds
+def _by_hand(names: Sequence[str], kinds: Sequence[str]) -> list[str]:
+    """Kinds where no attention kernel ran: each softmax, the product on either side of it, and the
+    kernels that sum up these products' parts. Unchanged where one of them is not to be seen.
+    """
     found = list(kinds)
-    products = [i for i, kind in enumerate(kinds) if kind == "product"]
+    products = [i for i, kind in enumerate(kinds) if kind in PRODUCTS]
     for i in [i for i, kind in enumerate(kinds) if kind == "softmax"]:
-        before, after = [j for j in products if j < i][-1:], [j for j in products if j > i][:1]
-        for j in (*before, i, *after):
-            found[j] = "attention"
+        first = next((j for j in reversed(products) if j < i), 0)
+        last = next((j for j in products if j > i), 0)
+        while first > 0 and _in_parts(kinds[first - 1], kinds[first]):
+            first -= 1
+        while last + 1 < len(kinds) and _in_parts(kinds[last], kinds[last + 1]):
+            last += 1
+        between = [_first(BEHIND, name) for name in names[first + 1 : i]]
+        if not last or kinds[first] not in ("product", "batched") or "projection" in between:
+            return list(kinds)
+        for j in range(first, last + 1):
+            if kinds[j] in (*PRODUCTS, "softmax"):
+                found[j] = "attention"
     return found
+
+
+def _in_parts(kind: str, following: str) -> bool:
+    """Two kernels of one product."""
+    return following == "sum" or kind == following == "batched"
 
 
 def _spans(kinds: Sequence[str]) -> list[range]:
