@@ -166,14 +166,15 @@ def _behind(groups: list[str], names: Sequence[str], kinds: Sequence[str], span:
 def _first_layer(
     groups: list[str], names: Sequence[str], kinds: Sequence[str], span: range, others: list[int]
 ) -> None:
-    """Before the first attention: as many products as in other layers, and the norm before."""
+    """Before the first attention: as many products as in other layers, where a norm is before."""
     products = [i for i in span if kinds[i] in PRODUCTS]
     if not others or len(products) < others[0]:
         return
     start = products[-others[0]]
-    _behind(groups, names, kinds, range(start, span.stop))
-    if start > 0 and kinds[start - 1] == "norm":
-        groups[start - 1] = "projection"
+    ahead = max((i for i in range(start) if kinds[i] in ("norm", *PRODUCTS)), default=start)
+    if kinds[ahead] == "norm":
+        groups[ahead] = "projection"
+        _behind(groups, names, kinds, range(start, span.stop))
 
 
 def totals(kernels: Sequence[Kernel], layers: int) -> dict[str, Total]:
