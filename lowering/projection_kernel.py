@@ -86,8 +86,9 @@ def project_norm_rope_store(
     K_KEEP: tl.constexpr, K_CACHE: tl.constexpr, V_CACHE: tl.constexpr,
     LOOKUP: tl.constexpr, AXES: tl.constexpr, TOKENS: tl.constexpr,
     Q_PROJ: tl.constexpr, K_PROJ: tl.constexpr, V_PROJ: tl.constexpr,
-    BATCH: tl.constexpr, HIDDEN: tl.constexpr, M: tl.constexpr, PARTS: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    BATCH: tl.constexpr, BATCH_ROWS: tl.constexpr, HIDDEN: tl.constexpr, M: tl.constexpr,
+    PARTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Grid: (heads of q, k and v * PARTS); the programs of a head are neighbours.
 
@@ -119,13 +120,15 @@ def project_norm_rope_store(
     if before == PARTS - 1:
         tl.debug_barrier()
         tl.store(counters_ptr + i_block, 0)
-        for i_b in range(BATCH):
+        for i_first in range(0, BATCH, BATCH_ROWS):
+            # Past the last batch row that one is done again, with the same numbers.
+            o_b = tl.minimum(i_first + tl.arange(0, BATCH_ROWS), BATCH - 1).to(tl.int64)
             static_tile(
                 sums_ptr, sums_ptr + K_AT, sums_ptr + V_AT, q_out_ptr, k_out_ptr, k_cache_ptr,
                 v_cache_ptr, slots_ptr, offsets_ptr, positions_ptr, k_cache_scale_ptr,
                 v_cache_scale_ptr, q_weight_ptr, k_weight_ptr, q_bias_ptr, k_bias_ptr,
                 q_scale_ptr, k_scale_ptr, cos_ptr, sin_ptr, q_eps, k_eps, T,
                 k_size_0, k_size_1, k_size_2, v_size_0, v_size_1, v_size_2,
-                (tl.cast(i_b, tl.int64), tl.cast(0, tl.int64), i_block), STRIDES,
+                (o_b[:, None, None], tl.cast(0, tl.int64), i_block), STRIDES,
                 Q, K, V, Q_ROW, K_ROW, V_ROW, K_KEEP, K_CACHE, V_CACHE, LOOKUP, AXES, TOKENS,
             )  # fmt: skip

@@ -16,6 +16,8 @@ STREAMS = ("q", "k", "v")
 # Rows of more tokens than one are multiplied by tensor cores, which take 16 and more at once.
 CORE_ROWS = 16
 SMALL_HIDDEN = 2048
+# Elements of a head's batch rows that a warp norms and rotates together.
+ELEMENTS = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,13 +87,27 @@ def plan(
         strides = weight.strides[:2] if weight else (0, 0)
         bias_strides = bias.strides if bias else (0, 0)
         constants[f"{name.upper()}_PROJ"] = (*strides, bias is not None, *bias_strides)
-    rows = launch.power_above(batch * tokens)
-    parts = launch.ceil_div(max(channels for _, channels in streams.values()), block.rows)
-    constants |= {"BATCH": batch, "HIDDEN": hidden, "M": batch * tokens, "PARTS": parts}
-    constants |= {"ROWS": block.rows, "BLOCK_K": block.hidden, "STAGES": block.stages}
-    constants["BLOCK_M"] = rows if rows == 1 else max(CORE_ROWS, rows)
+    widest = max(channels for _, channels in streams.values())
+    parts = int(launch.ceil_div(widest, block.rows))
+    constants |= _sizes(batch, tokens, hidden, widest, block) | {"PARTS": parts}
     grid = (sum(heads for heads, _ in streams.values()) * parts, 1)
     return launch.Launch("project_norm_rope_store", arguments, constants, grid, block.warps)
+
+
+def _sizes(batch: int, tokens: int, hidden: int, channels: int, block: Block) -> dict[str, int]:
+    """The kernel's constexprs that x and the launch table decide."""
+    rows = batch * tokens
+    together = 1 if tokens > 1 else ELEMENTS * block.warps // launch.power_above(channels)
+    return {
+        "BATCH": batch,
+        "BATCH_ROWS": min(launch.power_above(batch), max(1, together)),
+        "HIDDEN": hidden,
+        "M": rows,
+        "ROWS": block.rows,
+        "BLOCK_M": 1 if rows == 1 else max(CORE_ROWS, launch.power_above(rows)),
+        "BLOCK_K": block.hidden,
+        "STAGES": block.stages,
+    }
 
 
 def _streams(

@@ -37,12 +37,15 @@ class Shape:
 
 
 QWEN3 = site(32, norm=NORM, store=cached(True), heads_first=True, k_keep=False)
+WIDE = site(128, norm=NORM, store=cached(True), heads_first=True, k_keep=False)
 LLAMA = site(32, store=cached(False, "wrap"))
 GPTJ = site(16, neighbours(16, 8), store=cached(True))
 PHI = site(48, halves(48, 20), norm=NORM, store=cached(True))
 SHAPES = {
     "qwen3": Shape(4, 2, 32, 64, QWEN3),
     "qwen3, 3 rows": Shape(4, 2, 32, 64, QWEN3, batch=3),
+    # More rows than are rotated at once.
+    "10 rows of 128": Shape(1, 1, 128, 32, WIDE, batch=10),
     "llama, bias, 5 tokens": Shape(4, 2, 32, 72, LLAMA, bias=True, tokens=5),
     "gptj, packed": Shape(3, 3, 16, 40, GPTJ, bias=True, packed=True),
     "phi, 2 x 3": Shape(2, 1, 48, 56, PHI, bias=True, batch=2, tokens=3),

@@ -7,7 +7,7 @@ import torch
 
 import fxfuse
 from fxfuse.lowering import direct, providers
-from tests.projected_sites import SHAPES, Shape, arguments, errors, planned, tensors, truth
+from tests.projected_sites import SHAPES, WIDE, Shape, arguments, errors, planned, tensors, truth
 from tests.sites import NORM, cached, site, with_dtype
 
 pytestmark = [
@@ -15,7 +15,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm GPU"),
 ]
 
-WIDE = site(128, norm=NORM, store=cached(True), heads_first=True, k_keep=False)
 LARGE = {
     "0.6B": Shape(16, 8, 128, 1024, WIDE),
     "8B": Shape(32, 8, 128, 4096, WIDE),
