@@ -27,9 +27,11 @@ KIND, OVER = ("cuda", "nccl") if ON_GPUS else ("cpu", "gloo")
 def work(rank: int, folder: str) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(PROCESSES), "LOCAL_RANK": str(rank)}
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/{rank}"
-    if ON_GPUS:
-        torch.cuda.set_device(rank)
-    dist.init_process_group(OVER, f"file://{folder}/meeting", rank=rank, world_size=PROCESSES)
+    own = torch.device("cuda", rank) if ON_GPUS else None
+    if own is not None:
+        torch.cuda.set_device(own)
+    meeting = f"file://{folder}/meeting"
+    dist.init_process_group(OVER, meeting, rank=rank, world_size=PROCESSES, device_id=own)
     mesh = dist.init_device_mesh(KIND, (PROCESSES,))
     model, ids = qwen3(device=KIND), token_ids(1, 7, device=KIND)
     want = model(ids, use_cache=False).logits
