@@ -14,8 +14,11 @@ import fxfuse
 from tests.models.families import FAMILIES
 from tests.models.tiny import assert_close, build, relative_error, static_cache, token_ids
 
-IDS = token_ids(7)
 SITES = FAMILIES["qwen3"].rotary
+ON_GPU = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm GPU"),
+]
 
 
 class Int8Linear(nn.Module):
@@ -89,28 +92,33 @@ WEIGHTS = {
 
 
 @pytest.mark.parametrize(
-    "compiler",
+    ("device", "compiler"),
     [
-        pytest.param("eager", marks=pytest.mark.null),
-        pytest.param("inductor", marks=[pytest.mark.cpu, pytest.mark.long]),
+        pytest.param("cpu", "eager", marks=pytest.mark.null),
+        pytest.param("cpu", "inductor", marks=[pytest.mark.cpu, pytest.mark.long]),
+        pytest.param("cuda", "inductor", marks=ON_GPU),
     ],
 )
 @pytest.mark.parametrize("name", WEIGHTS)
 @torch.no_grad()
-def test_quantised_weights(name: str, compiler: str) -> None:
-    model = build(FAMILIES["qwen3"])
-    plain = model(IDS, use_cache=False).logits
+def test_quantised_weights(name: str, device: str, compiler: str) -> None:
+    model: Any = build(FAMILIES["qwen3"]).to(device)
+    ids = token_ids(7).to(device)
+    plain = model(ids, use_cache=False).logits
     WEIGHTS[name](model)
-    want = model(IDS, use_cache=False).logits
+    want = model(ids, use_cache=False).logits
     assert relative_error(want, plain) > 1e-3
     before = fxfuse.counts()["attention"]
     run = torch.compile(model, backend=fxfuse.Backend(compiler=compiler, strict=True))
-    got = run(IDS, use_cache=False).logits
+    got = run(ids, use_cache=False).logits
     assert fxfuse.counts()["attention"] - before == SITES
     assert_close(got, want, name)
 
 
-@pytest.mark.null
+@pytest.mark.parametrize(
+    "device",
+    [pytest.param("cpu", marks=pytest.mark.null), pytest.param("cuda", marks=ON_GPU)],
+)
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
@@ -121,11 +129,11 @@ def test_quantised_weights(name: str, compiler: str) -> None:
     ],
 )
 @torch.no_grad()
-def test_quantised_projections_stay_and_say_so(name: str, reason: str) -> None:
+def test_quantised_projections_stay_and_say_so(name: str, reason: str, device: str) -> None:
     """A decode step, where projections of plain weights are taken into their sites."""
-    model = build(FAMILIES["qwen3"])
+    model: Any = build(FAMILIES["qwen3"]).to(device)
     WEIGHTS[name](model)
-    ids = token_ids(1)
+    ids = token_ids(1).to(device)
     want = model(ids, past_key_values=static_cache(model), use_cache=True).logits
     backend = fxfuse.Backend(compiler="eager", gate="always", strict=True)
     run = torch.compile(model, backend=backend)

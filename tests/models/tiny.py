@@ -91,7 +91,7 @@ def static_cache(model: Any, slots: int = SLOTS, batch: int = BATCH) -> Any:
     """A StaticCache with its memory allocated, every slot a canary."""
     kv = transformers.StaticCache(config=model.config, max_cache_len=slots)
     with torch.no_grad():
-        model(token_ids(1, batch=batch), past_key_values=kv, use_cache=True)
+        model(token_ids(1, batch=batch).to(model.device), past_key_values=kv, use_cache=True)
     kv.reset()
     for tensor in cache_tensors(kv).values():
         if tensor.is_floating_point():
