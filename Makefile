@@ -45,8 +45,8 @@ bench: $(READY)
 # Every rotary model of transformers and diffusers; an hour. What $(SWEEP) holds is not run again.
 sweep: $(READY)
 	$(BIN)/pip install --quiet --no-compile -c constraints.txt -e ".[hf,dev,sweep]"
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TRANSFORMERS_VERBOSITY=error $(BIN)/python -m tests.sweep \
-		--library all --all-scenarios --jobs $(JOBS) --out $(SWEEP) --document docs/coverage.md
+	OMP_NUM_THREADS=1 $(BIN)/fxfuse sweep --library all --all-scenarios \
+		--jobs $(JOBS) --out $(SWEEP) --document docs/coverage.md
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

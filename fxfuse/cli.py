@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from fxfuse.bench import command as bench
 from fxfuse.bench import tune
 from fxfuse.settings import FxfuseError
+from fxfuse.sweep import command as sweep
 from fxfuse.tools import doctor, draw, explain
 
 # Each enters its subcommand, with its `run`, into a parser.
-COMMANDS = (explain, draw, doctor, bench, tune)
+COMMANDS = (explain, draw, doctor, sweep, bench, tune)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.functional import linear, scaled_dot_product_attention
 
+from fxfuse.sweep.measure import Watching
+from fxfuse.sweep.residue import remains_of
+from fxfuse.sweep.results import Results, Run, UnitResult, load, save
+from fxfuse.sweep.rotations import attention_calls, is_rotation, rotary_counts
+from fxfuse.sweep.run import run_units
+from fxfuse.sweep.summary import failures
 from tests.sweep.expected import Row, accept, lost_sites, read
-from tests.sweep.measure import Watching
-from tests.sweep.residue import remains_of
-from tests.sweep.results import Results, Run, UnitResult, load, save
-from tests.sweep.rotations import attention_calls, is_rotation, rotary_counts
-from tests.sweep.run import run_units
 from tests.sweep.sample import SAMPLE
-from tests.sweep.summary import failures
 
 pytestmark = pytest.mark.null
 X, TABLE = (1, 4, 6, 8), (6, 8)
@@ -251,8 +251,8 @@ def test_results_are_read_back_from_json(tmp_path: Path) -> None:
 
 
 def test_a_unit_that_fails_is_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tests.sweep import run
-    from tests.sweep.measure import Plan
+    from fxfuse.sweep import run
+    from fxfuse.sweep.measure import Plan
 
     def measure(unit: str, _: Plan) -> UnitResult:
         if unit == "slow":

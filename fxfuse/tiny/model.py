@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fxfuse.tiny.overrides import OVERRIDES
 from fxfuse.tiny.sizes import tiny_config
@@ -65,3 +65,13 @@ def new_cache(model: Any, kind: str, slots: int, inputs: Mapping[str, Any]) -> A
         other = transformers.DynamicCache(config=model.config)
         return transformers.EncoderDecoderCache(cache, other)
     return cache
+
+
+def cache_tensors(kv: Any) -> dict[str, Tensor]:
+    """Every tensor that a cache holds, by layer and name."""
+    return {
+        f"{index}.{name}": value
+        for index, layer in enumerate(kv.layers)
+        for name, value in vars(layer).items()
+        if isinstance(value, Tensor)
+    }

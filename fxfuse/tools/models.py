@@ -27,6 +27,8 @@ CACHES = ("static", "dynamic", "none")
 # Slots of a static cache beside those of the call's own tokens.
 SLOTS = 32
 TOKENS_WITHOUT_CACHE = 16
+# Nothing is fetched, and what transformers would say is not this command's.
+QUIET = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
 WANTED = (
     "wanted a class of transformers (Qwen3, Qwen3ForCausalLM), one of its rotary models "
     "(qwen3, qwen3_vl.text), a config.json, a folder that has one, or a name in the Hugging Face "
@@ -90,7 +92,7 @@ def given(args: argparse.Namespace) -> Given:
             f"{args.model}: a model is built by transformers, which is not installed: "
             "pip install transformers, or give a Python script"
         )
-    for name, value in {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}.items():
+    for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     device = device_of(args.device)
     unit = unit_of(args.model)

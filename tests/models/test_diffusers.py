@@ -10,7 +10,7 @@ from tests.models.tiny import assert_close, randomise
 
 pytest.importorskip("diffusers", reason="diffusers is installed by `make sweep`")
 
-from tests.sweep.diffusion import diffusers_inputs, diffusers_model, diffusers_units
+from fxfuse.tiny.diffusion import diffusers_inputs, diffusers_model, diffusers_units
 
 
 @pytest.mark.parametrize(

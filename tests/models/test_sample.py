@@ -2,16 +2,16 @@
 
 The rows of expected.txt are the counts. Where a change is meant:
 
-    python -m tests.sweep --sample --accept
+    python -m tests.sweep --accept
 """
 
 from __future__ import annotations
 
 import pytest
 
+from fxfuse.sweep.measure import Plan, measure
+from fxfuse.sweep.results import Results
 from tests.sweep.expected import read, rows_of
-from tests.sweep.measure import Plan, measure
-from tests.sweep.results import Results
 from tests.sweep.sample import SAMPLE
 
 pytestmark = pytest.mark.null

@@ -1,11 +1,10 @@
-"""A family's tiny model, its inputs and caches, and the relative error between two runs.
+"""A family's tiny model, its inputs and caches, and whether two runs are the same.
 
 In: a Family. Out: a real transformers model with weights that let errors show.
 """
 
 from __future__ import annotations
 
-import math
 from functools import cache
 from typing import Any
 
@@ -13,49 +12,13 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from fxfuse.sweep.scenarios import CANARY, SLOTS, relative_error
 from fxfuse.tiny import inputs
+from fxfuse.tiny.model import cache_tensors
+from fxfuse.tiny.weights import randomise
 from tests.models.families import FAMILIES, SMALL, Family
 
-BATCH, PROMPT, SLOTS = inputs.BATCH, inputs.PROMPT, 32
-# What an untouched slot of a cache holds: a store into the wrong slot shows.
-CANARY = 3.0
-
-
-@torch.no_grad()
-def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Weights that let errors show, in place.
-
-    Linear layers get outputs of unit variance and norm weights are scattered around their own
-    centre (1, or 0 where the model adds 1). The default initialisation (standard deviation 0.02)
-    makes attention nearly uniform, and a wrong rotation invisible.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    for name, weight in model.named_parameters():
-        if not weight.is_floating_point() or not weight.numel():
-            continue
-        noise = torch.randn(weight.shape, generator=generator)
-        weight.nan_to_num_(0.0, 0.0, 0.0)  # a parameter may be memory that nobody wrote
-        if "norm" in name:
-            weight.copy_(weight.mean().round().clamp(-1, 1) + 0.2 * noise)
-        elif _is_embedding(name, weight):
-            weight.copy_(0.5 * noise)
-        elif weight.dim() > 1:
-            weight.copy_(noise / math.sqrt(_fan_in(weight)))
-        else:
-            weight.add_(0.05 * noise)
-    return model
-
-
-def _is_embedding(name: str, weight: Tensor) -> bool:
-    is_table = weight.dim() == 2 and weight.shape[0] > weight.shape[1]
-    return is_table and ("embed" in name or "wte" in name)
-
-
-def _fan_in(weight: Tensor) -> int:
-    """Inputs of one output: of a linear layer, of stacked experts, of a convolution."""
-    if weight.dim() > 3:
-        return weight[0].numel()
-    return max(weight.shape[-2:]) if weight.dim() == 3 else weight.shape[-1]
+BATCH, PROMPT = inputs.BATCH, inputs.PROMPT
 
 
 def config_of(family: Family, **changes: Any) -> Any:
@@ -97,23 +60,6 @@ def static_cache(model: Any, slots: int = SLOTS, batch: int = BATCH) -> Any:
         if tensor.is_floating_point():
             tensor.fill_(CANARY)
     return kv
-
-
-def cache_tensors(kv: Any) -> dict[str, Tensor]:
-    """Every tensor that a cache holds, by layer and name."""
-    return {
-        f"{index}.{name}": value
-        for index, layer in enumerate(kv.layers)
-        for name, value in vars(layer).items()
-        if isinstance(value, Tensor)
-    }
-
-
-def relative_error(got: Tensor, want: Tensor) -> float:
-    """|got - want| / |want| as vectors, in float64."""
-    assert got.shape == want.shape and got.dtype == want.dtype
-    difference = torch.linalg.vector_norm(got.double() - want.double())
-    return float(difference / torch.linalg.vector_norm(want.double()).clamp_min(1e-30))
 
 
 def assert_close(got: Tensor, want: Tensor, what: str, tolerance: float = 1e-4) -> None:

@@ -8,11 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.sweep.results import Results, Run
+from fxfuse.sweep.results import Results, Run
 
 FILE = Path(__file__).parents[1] / "models" / "expected.txt"
 HEADER = """\
-# What `python -m tests.sweep --sample --accept` found: float32, compiler="eager", on the CPU.
+# What `python -m tests.sweep --accept` found: float32, compiler="eager", on the CPU.
 # layers: calls of an attention that rotates, and how many of them store into a cache
 # fused: sites that ran, and how many of them store
 # q,k: tensors that fused sites rotate, of all that are rotated

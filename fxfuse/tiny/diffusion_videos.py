@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch.nn.functional import interpolate
 
-from fxfuse.tiny.inputs import noise
-from tests.sweep.diffusion_inputs import (
+from fxfuse.tiny.diffusion_inputs import (
     AXES,
     FOUR_CHANNELS,
     HEADS,
@@ -23,6 +23,7 @@ from tests.sweep.diffusion_inputs import (
     time,
     video,
 )
+from fxfuse.tiny.inputs import noise
 
 FILE = "diffusers.models.transformers"
 TWO_LAYERS: Arguments = {**HEADS, **FOUR_CHANNELS, "num_layers": 2}
@@ -127,7 +128,7 @@ def _cogvideo() -> Arguments:
 
 
 def _cosmos() -> Arguments:
-    file = sys.modules[f"{FILE}.transformer_cosmos"]
+    file: Any = sys.modules[f"{FILE}.transformer_cosmos"]
     if not hasattr(file, "transforms"):  # torchvision, needed for one resize only
         nearest = SimpleNamespace(resize=lambda x, size, **_: interpolate(x, size=size))
         modes = SimpleNamespace(NEAREST=None)

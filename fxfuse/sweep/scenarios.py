@@ -14,12 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxfuse.tiny.model import why_no_static_cache
-from tests.models.tiny import CANARY, PROMPT, SLOTS, cache_tensors, relative_error
-from tests.sweep.build import Example
+from fxfuse.sweep.build import Example
+from fxfuse.tiny.inputs import PROMPT
+from fxfuse.tiny.model import cache_tensors, why_no_static_cache
 
 NAMES = ("no_cache", "static_prefill", "static_decode", "dynamic_decode")
 USUAL = ("static_prefill", "static_decode")
+SLOTS = 32
+# What an untouched slot of a cache holds: a store into the wrong slot shows.
+CANARY = 3.0
 # Relative vector norms. float32 runs of one model differ by rounding, near 1e-6, and a dropped sign
 # gives 5e-2; in bfloat16 every rounding that a compiler leaves out shows, up to 1e-2.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
@@ -70,6 +73,13 @@ def scenario_of(example: Example, name: str) -> Scenario:
 
     tokens = PROMPT if phase == "prefill" else 1
     return Scenario(name, prepare, lambda model, cache: _run(model, example.inputs(tokens), cache))
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """|got - want| / |want| as vectors, in float64."""
+    assert got.shape == want.shape and got.dtype == want.dtype
+    difference = torch.linalg.vector_norm(got.double() - want.double())
+    return float(difference / torch.linalg.vector_norm(want.double()).clamp_min(1e-30))
 
 
 def largest_error(got: dict[str, Tensor], want: dict[str, Tensor]) -> tuple[float, str]:

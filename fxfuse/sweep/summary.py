@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tests.sweep.results import Results, Run
+from fxfuse.sweep.results import Results, Run
 
 
 @dataclass

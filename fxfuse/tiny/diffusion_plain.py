@@ -1,12 +1,12 @@
 """Image models of diffusers that turn no q and k, and would look like it to a careless reader.
 
-In: nothing. Out: `PLAIN`, by name. tests/sweep/no_rotation.py has what is special about each.
+In: nothing. Out: `PLAIN`, by name. fxfuse/sweep/no_rotation.py has what is special about each.
 """
 
 from __future__ import annotations
 
+from fxfuse.tiny.diffusion_inputs import FOUR_CHANNELS, HEADS, Arguments, Diffusion, image
 from fxfuse.tiny.inputs import noise
-from tests.sweep.diffusion_inputs import FOUR_CHANNELS, HEADS, Arguments, Diffusion, image
 
 TWO_LAYERS: Arguments = {**HEADS, **FOUR_CHANNELS, "num_layers": 2}
 

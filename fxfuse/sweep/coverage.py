@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from tests.sweep.no_rotation import NO_ROTATION
-from tests.sweep.results import Results, Run, UnitResult
-from tests.sweep.summary import totals
+from fxfuse.sweep.no_rotation import NO_ROTATION
+from fxfuse.sweep.results import Results, Run, UnitResult
+from fxfuse.sweep.summary import totals
 
 # The scenario that shows a unit best comes first.
 SHOWN = ("static_decode", "dynamic_decode", "no_cache", "static_prefill")
@@ -19,7 +19,7 @@ HEAD = """\
 # Coverage
 
 Every rotary model of transformers and diffusers, tiny and with random weights, eager against
-compiled. Written by `make sweep`; `python -m tests.sweep --help` runs any part of it.
+compiled. Written by `fxfuse sweep`; `--models` runs any part of it.
 
 A *layer* is a call of an attention module in which a rotation function runs, counted in the eager
 run without fxfuse; *q, k* are the tensors those functions return. *fused* counts sites that ran, of

@@ -1,6 +1,6 @@
 """What the sweep found, as data: one `UnitResult` for a unit, one `Run` for a scenario and dtype.
 
-In: what tests/sweep/measure.py saw. Out: JSON, read back by a later run, which skips what is there.
+In: what measure.py saw. Out: JSON, read back by a later run, which skips what is there.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.sweep.no_rotation import NO_ROTATION
+from fxfuse.sweep.no_rotation import NO_ROTATION
 
 
 @dataclass

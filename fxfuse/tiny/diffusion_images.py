@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from fxfuse.tiny.inputs import ids, noise
-from tests.sweep.diffusion_inputs import (
+from fxfuse.tiny.diffusion_inputs import (
     AXES,
     FOUR_CHANNELS,
     HEADS,
@@ -20,6 +19,7 @@ from tests.sweep.diffusion_inputs import (
     image,
     time,
 )
+from fxfuse.tiny.inputs import ids, noise
 
 TWO_LAYERS: Arguments = {**HEADS, **FOUR_CHANNELS, "num_layers": 2}
 

@@ -23,12 +23,12 @@ from torch._inductor.utils import fresh_cache
 import fxfuse
 from fxfuse.compiling import source_tag
 from fxfuse.patterns.record import Record
-from fxfuse.report import Report
-from tests.sweep.build import Example, example_of, unit_named
-from tests.sweep.residue import Remains, remains_of
-from tests.sweep.results import Run, UnitResult
-from tests.sweep.rotations import attention_calls, rotary_counts
-from tests.sweep.scenarios import (
+from fxfuse.report import Report, stages_of
+from fxfuse.sweep.build import Example, example_of, unit_named
+from fxfuse.sweep.residue import Remains, remains_of
+from fxfuse.sweep.results import Run, UnitResult
+from fxfuse.sweep.rotations import attention_calls, rotary_counts
+from fxfuse.sweep.scenarios import (
     TOLERANCE,
     USUAL,
     Scenario,
@@ -183,20 +183,21 @@ def _note_graphs(run: Run, backend: Watching, before: dict[str, int]) -> None:
     stages: Counter[str] = Counter()
     for report, remains, times in zip(backend.reports, backend.remains, backend.runs, strict=False):
         run.fused += times * sum(f.kind == "attention" for f in report.fused)
-        ours = [f for f in report.fused if isinstance(f.record, Record)]
-        run.stored += times * sum(f.record.store is not None for f in ours)
+        ours = [f.record for f in report.fused if isinstance(f.record, Record)]
+        stored = sum(record.store is not None for record in ours)
+        run.stored += times * stored
         run.tensors += times * sum(
             stream is not None and stream.rotation is not None
-            for f in ours
-            for stream in (f.record.q if f.record.q.keep else None, f.record.k)
+            for record in ours
+            for stream in (record.q if record.q.keep else None, record.k)
         )
-        stages.update(" + ".join(f.stages) for f in ours)
+        stages.update(" + ".join(stages_of(record)) for record in ours)
         run.notes += [n for n in report.notes if n not in run.notes]
         for refusal in report.refused:
             said = {"stage": refusal.stage, "reason": refusal.reason, "where": refusal.where}
             run.refusals += [said] if said not in run.refusals else []
         run.residue += [str(r) for r in remains.residue]
-        claimed = len(ours), sum(f.record.store is not None for f in ours)
+        claimed = len(ours), stored
         if claimed != (remains.ops, remains.stores):
             run.residue.append(
                 f"ops, stores: {claimed} claimed, {remains.ops, remains.stores} there"

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from fxfuse.tiny.diffusion_inputs import AXES, HEADS, TEXT, Arguments, Diffusion, grid, time, tokens
 from fxfuse.tiny.inputs import noise
-from tests.sweep.diffusion_inputs import AXES, HEADS, TEXT, Arguments, Diffusion, grid, time, tokens
 
 FLUX: Arguments = {
     **HEADS,

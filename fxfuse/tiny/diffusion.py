@@ -12,11 +12,11 @@ import diffusers
 import torch
 from torch import nn
 
+from fxfuse.tiny.diffusion_flux import FLUX_LIKE
+from fxfuse.tiny.diffusion_images import IMAGES
+from fxfuse.tiny.diffusion_plain import PLAIN
+from fxfuse.tiny.diffusion_videos import VIDEOS
 from fxfuse.tiny.units import ROTARY, Unit
-from tests.sweep.diffusion_flux import FLUX_LIKE
-from tests.sweep.diffusion_images import IMAGES
-from tests.sweep.diffusion_plain import PLAIN
-from tests.sweep.diffusion_videos import VIDEOS
 
 ENTRIES = FLUX_LIKE | IMAGES | PLAIN | VIDEOS
 TABLE = {f"diffusers/{name}": entry for name, entry in sorted(ENTRIES.items())}
@@ -49,7 +49,7 @@ def _short(file: str) -> str:
 
 def diffusers_model(unit: Unit) -> nn.Module:
     if unit.name not in TABLE:
-        raise LookupError("no tiny sizes for it in tests/sweep/diffusion_*.py")
+        raise LookupError("no tiny sizes for it in fxfuse/tiny/diffusion_*.py")
     torch.manual_seed(0)
     model: nn.Module = unit.model_class()(**TABLE[unit.name].sizes)
     return model

@@ -12,12 +12,13 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkContext, SpawnContext
 from multiprocessing.process import BaseProcess
 
 import torch
 
-from tests.sweep.measure import Plan, measure
-from tests.sweep.results import UnitResult
+from fxfuse.sweep.measure import Plan, measure
+from fxfuse.sweep.results import UnitResult
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ def run_units(names: Sequence[str], plan: Plan, jobs: int, timeout: float) -> It
 
 def _start(unit: str, plan: Plan) -> Job:
     # CUDA does not survive a fork, and importing the libraries may have started it.
-    context = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
+    spawn, fork = multiprocessing.get_context("spawn"), multiprocessing.get_context("fork")
+    context: SpawnContext | ForkContext = spawn if torch.cuda.is_available() else fork
     receive, send = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(unit, plan, send))
     process.start()
@@ -67,7 +69,7 @@ def _finished(job: Job, timeout: float) -> UnitResult | None:
     """The result of a job that is over, by itself or by its time; None while it runs."""
     if job.results.poll():
         try:
-            result = job.results.recv()
+            result: UnitResult = job.results.recv()
         except EOFError:
             job.process.join()
             result = UnitResult(job.unit, not_run=f"exit code {job.process.exitcode}")

@@ -1,7 +1,7 @@
 """A unit's tiny model and its inputs, on a device and in a dtype.
 
 In: a Unit. Out: an `Example`: the model in eval mode with weights that let errors show
-(tests/models/tiny.py), its inputs for a number of tokens, and whether it takes a KV cache.
+(fxfuse/tiny/weights.py), its inputs for a number of tokens, and whether it takes a KV cache.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from fxfuse.tiny.inputs import inputs_of
 from fxfuse.tiny.model import new_cache, takes_cache, tiny_model
 from fxfuse.tiny.units import Unit, units_of
-from tests.models.tiny import randomise
+from fxfuse.tiny.weights import randomise
 
 # Buffers that `from_pretrained` leaves in float32 in a model of any dtype.
 FREQUENCIES = re.compile(r"inv_freq|freqs")
@@ -48,7 +48,7 @@ class Example:
 
 def example_of(unit: Unit, dtype: torch.dtype, device: str) -> Example:
     if unit.library == "diffusers":
-        from tests.sweep.diffusion import diffusers_inputs, diffusers_model
+        from fxfuse.tiny.diffusion import diffusers_inputs, diffusers_model
 
         built, make_inputs = diffusers_model(unit), diffusers_inputs
     else:
@@ -65,7 +65,7 @@ def example_of(unit: Unit, dtype: torch.dtype, device: str) -> Example:
 def unit_named(name: str) -> Unit:
     """One unit by its full name; a name that starts with `diffusers/` is one of that library."""
     if name.startswith("diffusers/"):
-        from tests.sweep.diffusion import diffusers_units
+        from fxfuse.tiny.diffusion import diffusers_units
 
         return diffusers_units()[name]
     return units_of(name.partition(".")[0])[name]
