@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ CACHES_OWN = Cast()
 NORM = Norm("head", "before", has_weight=True)
 LAYER = Norm("head", "before", has_weight=True, kind="layer", has_bias=True)
 Rope = tuple[Rotation | None, tuple[Pass, ...]]
+# (*shape, of=a dtype) -> random numbers.
+Draw = Callable[..., Tensor]
 
 
 def halves(d: int, r: int | None = None, start: int = 0) -> Rope:
@@ -250,28 +252,13 @@ def operands(
     rows = [
         p.unflatten(-1, (n, -1)) for p, n in zip(packed, (heads, kv_heads, kv_heads), strict=True)
     ]
-    per_head = name in PER_HEAD_WEIGHTS
-    looked_up = name in LOOKED_UP + BY_AXES
-    angle = draw(1, 50 if looked_up else tokens, d, of=torch.float32)
-    # The layout of a complex table seen as real: a stride of 2 between its columns.
-    table = torch.view_as_real(torch.polar(torch.ones_like(angle), angle))
-    rotates = record.q.rotation is not None
     tensors: dict[str, Tensor | None] = {"q": rows[0], "k": rows[1] if record.k else None}
     tensors |= {"v": rows[2] if v else None}
-    for x, s, n in (("q", record.q, heads), ("k", record.k, kv_heads)):
-        if s and s.norm and s.norm.has_weight:
-            tensors[f"{x}_weight"] = draw(*((n, s.channels) if per_head else (s.channels,)))
-        if s and s.norm and s.norm.has_bias:
-            tensors[f"{x}_bias"] = draw(*((n, s.channels) if per_head else (s.channels,)))
-        if s and s.has_scale:
-            tensors[f"{x}_scale"] = draw(batch, tokens, 1, of=torch.float32)
-    tensors |= {"cos": table[..., 0], "sin": table[..., 1]} if rotates else {}
+    looked_up = name in LOOKED_UP + BY_AXES
+    tensors |= _table(record, draw(1, 50 if looked_up else tokens, d, of=torch.float32))
+    tensors |= _of_heads(record, name, {"q": heads, "k": kv_heads}, (batch, tokens), draw)
     if looked_up:
-        # The window of a longer buffer, as engines keep them: axes lie far apart.
-        lead = (3,) if name in BY_AXES else ()
-        places = torch.randint(-50, 50, (*lead, batch, tokens + 5), generator=generator)
-        places[..., 2 + tokens // 2] = 49
-        tensors["positions"] = places.to(device)[..., 2 : 2 + tokens]
+        tensors["positions"] = _positions(name, batch, tokens, generator).to(device)
     if record.store:
         by_row = batch if "b" not in record.store.k.axes else 1
         slots = max(slots, by_row * tokens)
@@ -286,6 +273,39 @@ def operands(
                 shape = (1, tokens, 1) if x == "k" else (1, 1, kv_heads)
                 tensors[f"{x}_cache_scale"] = 0.5 + draw(*shape, of=torch.float32).abs()
     return Operands(record, tensors)
+
+
+def _table(record: Record, angle: Tensor) -> dict[str, Tensor]:
+    """cos and sin in the layout of a complex table seen as real: a stride of 2 between columns."""
+    table = torch.view_as_real(torch.polar(torch.ones_like(angle), angle))
+    rotates = record.q.rotation is not None
+    return {"cos": table[..., 0], "sin": table[..., 1]} if rotates else {}
+
+
+def _of_heads(
+    record: Record, name: str, heads: dict[str, int], tokens: tuple[int, int], draw: Draw
+) -> dict[str, Tensor]:
+    """Weights and biases of the norms, and scales of the heads."""
+    found = {}
+    for x, s in (("q", record.q), ("k", record.k)):
+        if s is None:
+            continue
+        shape = (heads[x], s.channels) if name in PER_HEAD_WEIGHTS else (s.channels,)
+        if s.norm and s.norm.has_weight:
+            found[f"{x}_weight"] = draw(*shape)
+        if s.norm and s.norm.has_bias:
+            found[f"{x}_bias"] = draw(*shape)
+        if s.has_scale:
+            found[f"{x}_scale"] = draw(*tokens, 1, of=torch.float32)
+    return found
+
+
+def _positions(name: str, batch: int, tokens: int, generator: torch.Generator) -> Tensor:
+    """The window of a longer buffer, as engines keep them: axes lie far apart."""
+    lead = (3,) if name in BY_AXES else ()
+    places = torch.randint(-50, 50, (*lead, batch, tokens + 5), generator=generator)
+    places[..., 2 + tokens // 2] = 49
+    return places[..., 2 : 2 + tokens]
 
 
 def _some_negative(order: Tensor, slots: int, negative: str) -> Tensor:
