@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 from pathlib import Path
@@ -73,6 +74,14 @@ def test_hovering_shows_the_models_file_and_line() -> None:
     )
 
 
+def test_what_a_fused_op_stands_for_is_told_in_the_graphs_order() -> None:
+    before, after = seen(TwoLayers(), hidden_states()).layers
+    (fused,) = [box for box in after if box.kind == "fused"]
+    _, told = fused.hover.split("nodes:\n")
+    lines = [box.hover.splitlines()[1] for box in before if box.kind == "replaced"]
+    assert [line.strip() for line in told.splitlines()] == list(dict.fromkeys(lines))
+
+
 def test_without_modules_what_is_replaced_and_its_neighbours_are_drawn() -> None:
     before, after = seen(Layer(by_index_copy), hidden_states(T), *caches()).layers
     assert kinds(after).count("fused") == 1 and "replaced" in kinds(before)
@@ -109,6 +118,20 @@ def test_boxes_stand_below_what_they_read_and_beside_each_other(boxes: list[Box]
         for a, b in itertools.pairwise(sorted(layer, key=lambda p: p.x)):
             assert b.x - a.x >= (a.width + b.width) / 2 + svg.GAP - 1e-6
     ET.fromstring(svg.drawing("<&>", [("before", boxes), ("after", boxes)]))
+
+
+@settings(deadline=None, max_examples=60)
+@given(graphs())
+def test_no_edge_passes_behind_a_box(boxes: list[Box]) -> None:
+    """Edges bend between layers, and pass a layer upright in the place they keep there."""
+    drawn = ET.fromstring(svg.drawing("", [("before", boxes)]))
+    places = {place.x for layer in svg.placed(boxes) for place in layer}
+    for path in drawn.iter(f"{SVG}path"):
+        bend, _, upright = (path.get("d") or "").partition("V")
+        start, *_, end = (tuple(map(float, at.split())) for at in re.split("[MC]", bend)[1:])
+        assert start[1] % svg.LAYER == svg.HEIGHT and end[-1] == start[1] + svg.LAYER - svg.HEIGHT
+        assert min(abs(end[-2] - x) for x in places) < 0.06
+        assert not upright or float(upright) == end[-1] + svg.HEIGHT
 
 
 # --- pages -------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ def layers_of(
         around = {x for n in gone for x in (*n.all_input_nodes, *n.users)}
         made = {n for n in after.graph.nodes if n.name not in old}
         inside = [gone | around, made | {n for n in after.graph.nodes if n.name in _names(around)}]
-    replaced = [n for n in inside[0] if n.name not in new]
+    replaced = [n for n in before.graph.nodes if n in inside[0] and n.name not in new]
     told = _told(site, replaced)
     return (
         _boxes(before, inside[0], {n.name: "replaced" for n in replaced}, {}),

@@ -17,6 +17,10 @@ from fxfuse.tools import models, svg
 from fxfuse.tools.boxes import Box, layers_of
 
 FORMS = (".svg", ".html")
+STYLE = (
+    "body{margin:16px;font-family:system-ui,sans-serif;font-size:12px}pre{overflow-x:auto}"
+    "svg{max-width:100%;height:auto}#full:checked~div svg{max-width:none}"
+)
 
 
 def add_arguments(subcommands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -78,16 +82,19 @@ def picture(title: str, layers: tuple[Sequence[Box], Sequence[Box]]) -> str:
 
 
 def html(title: str, drawn: str, report: Report) -> str:
-    """A page that holds the picture and the report, and asks for nothing from elsewhere."""
+    """A page that holds the picture, as wide as the window or in full, and the report, and asks for
+    nothing from elsewhere.
+    """
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <title>{escape(title)} by fxfuse</title>
-<style>body{{margin:16px;font-family:system-ui,sans-serif}}pre{{overflow-x:auto}}</style>
+<style>{STYLE}</style>
 </head>
 <body>
-<div style="overflow:auto">
+<input type="checkbox" id="full"/><label for="full"> full size</label>
+<div>
 {drawn}
 </div>
 <pre>{escape(str(report))}</pre>

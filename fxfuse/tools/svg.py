@@ -125,12 +125,13 @@ def _spread(layer: list[Place]) -> None:
 
 
 def _edge(a: Place, b: Place) -> str:
-    start = a.layer * LAYER + (HEIGHT if a.box else HEIGHT / 2)
-    end = b.layer * LAYER + (0 if b.box else HEIGHT / 2)
+    """From one layer to the next: bent between them, upright where it passes a layer."""
+    start, end = a.layer * LAYER + HEIGHT, b.layer * LAYER
     middle = (start + end) / 2
+    through = "" if b.box else f"V{end + HEIGHT}"
     return (
-        f'<path d="M{a.x:.1f} {start:.1f}C{a.x:.1f} {middle:.1f} {b.x:.1f} {middle:.1f} '
-        f'{b.x:.1f} {end:.1f}"/>'
+        f'<path d="M{a.x:.1f} {start}C{a.x:.1f} {middle} {b.x:.1f} {middle} '
+        f'{b.x:.1f} {end}{through}"/>'
     )
 
 
