@@ -129,8 +129,10 @@ def run_by_plan(device: str, compiler: str, folder: Path) -> dict[str, Any]:
     stored = fxfuse.counts()["store"] - before["store"]
     report = fxfuse.last_report()
     assert report is not None
+    records = [site.record for site in report.fused if site.kind == "attention"]
     refused = [r.reason for r in report.refused if r.stage == "projection"]
-    return outcome(before["attention"], logits) | {"stored": stored, "refused": refused}
+    found = {"stored": stored, "records": records, "refused": refused}
+    return outcome(before["attention"], logits) | found
 
 
 def prompt_and_token(run: Any, config: Any, device: str) -> Tensor:
@@ -160,6 +162,8 @@ def test_a_plan_of_transformers(device: str, compiler: str, tmp_path: Path) -> N
     for rank in in_two(run_by_plan, tmp_path, device, compiler, tmp_path / "model"):
         # The first call of a static cache makes its memory, as the graph's own or in one before it.
         assert rank["fused"] >= 2 * SITES and rank["stored"] >= SITES
-        assert len(rank["refused"]) == SITES
+        # Where the plan breaks the graph (transformers 5.17), projections are of another one.
+        assert len(rank["refused"]) == len(rank["records"]) in (0, SITES)
+        assert not any(record.projected for record in rank["records"])
         assert all("a projection whose weight the graph makes" in r for r in rank["refused"])
         assert_close(rank["logits"], want, "logits", tolerance=1e-5)
