@@ -12,6 +12,7 @@ from fxfuse.tiny.diffusion_inputs import (
     FOUR_CHANNELS,
     HEADS,
     TEXT,
+    TWO_LAYERS,
     Arguments,
     Diffusion,
     all_true,
@@ -20,8 +21,6 @@ from fxfuse.tiny.diffusion_inputs import (
     time,
 )
 from fxfuse.tiny.inputs import ids, noise
-
-TWO_LAYERS: Arguments = {**HEADS, **FOUR_CHANNELS, "num_layers": 2}
 
 
 def _ideogram() -> Arguments:

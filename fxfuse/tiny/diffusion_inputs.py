@@ -17,6 +17,7 @@ from fxfuse.tiny.inputs import noise
 Arguments = dict[str, Any]
 HEADS: Arguments = {"num_attention_heads": 4, "attention_head_dim": 32}
 FOUR_CHANNELS: Arguments = {"in_channels": 4, "out_channels": 4}
+TWO_LAYERS: Arguments = {**HEADS, **FOUR_CHANNELS, "num_layers": 2}
 # Rotary channels of three axes, 32 in all.
 AXES = (8, 12, 12)
 TEXT = 8  # tokens of a prompt

@@ -5,10 +5,14 @@ In: nothing. Out: `PLAIN`, by name. fxfuse/sweep/no_rotation.py has what is spec
 
 from __future__ import annotations
 
-from fxfuse.tiny.diffusion_inputs import FOUR_CHANNELS, HEADS, Arguments, Diffusion, image
+from fxfuse.tiny.diffusion_inputs import (
+    FOUR_CHANNELS,
+    HEADS,
+    TWO_LAYERS,
+    Diffusion,
+    image,
+)
 from fxfuse.tiny.inputs import noise
-
-TWO_LAYERS: Arguments = {**HEADS, **FOUR_CHANNELS, "num_layers": 2}
 
 PLAIN: dict[str, Diffusion] = {
     "aura_flow": Diffusion(

@@ -17,6 +17,7 @@ from fxfuse.tiny.diffusion_inputs import (
     FOUR_CHANNELS,
     HEADS,
     TEXT,
+    TWO_LAYERS,
     Arguments,
     Diffusion,
     all_true,
@@ -26,7 +27,6 @@ from fxfuse.tiny.diffusion_inputs import (
 from fxfuse.tiny.inputs import noise
 
 FILE = "diffusers.models.transformers"
-TWO_LAYERS: Arguments = {**HEADS, **FOUR_CHANNELS, "num_layers": 2}
 WAN: Arguments = {
     **TWO_LAYERS,
     "patch_size": (1, 2, 2),
