@@ -6,6 +6,7 @@ it is read.
 """
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -55,6 +56,9 @@ PROJECTIONS = frozenset(
     }
 )
 
+
+# What a scale by output channel and a bias behind a quantised projection are spelled with.
+EPILOGUES = frozenset({aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.sub.Tensor})
 
 # Their results are tables, whatever their operands depend on: turns, and memory with nothing in it.
 TABLES = frozenset(
@@ -134,6 +138,8 @@ class _Reader:
         self.calls: dict[Any, Call] = {}
         self.twins: dict[Slot, Slot] = {}
         self.constants: set[Slot] = set()
+        self.products: set[Slot] = set()
+        self.readers = Counter(slot for call in view.calls for slot in call.inputs())
         self.reading = Reading(view, {}, {}, {}, {}, {}, {}, [])
 
     def read(self) -> Reading:
@@ -186,6 +192,8 @@ class _Reader:
             self.constants.update(call.outs)
         for slot in call.outs:
             self.reading.kinds[slot] = kind
+        if kind is Kind.DATA and self._is_projection(call):
+            self.products.update(call.outs)
         twin = self._twin(call) if kind is not Kind.DATA else None
         if twin is not None:
             self.twins.update(zip(call.outs, twin.outs, strict=True))
@@ -235,6 +243,8 @@ class _Reader:
         entry = TRANSFERS.get(call.op)
         if entry is None or call.writes or not call.outs or _moves(call):
             return None
+        if self.products.issuperset(call.outs):
+            return None
         args, kwargs = map_aggregate((call.args, call.kwargs), self._argument)
         if kind is not Kind.DATA and self._is_leaf_arithmetic(call, entry.relation, args):
             out = call.outs[0]
@@ -242,6 +252,22 @@ class _Reader:
         values = transferred(call, args, kwargs, self._name, self.reading.number)
         self.reading.relations[call] = entry.relation
         return values
+
+    def _is_projection(self, call: Call) -> bool:
+        """Whether a call's result is a product with a weight: that itself, or the whole of one that
+        nobody else reads, scaled or shifted by output channel. A raw product with other readers
+        may be what a norm takes its statistic of.
+        """
+        slots = call.inputs()
+        others = [s for s in slots if self.reading.kinds[s] is not Kind.DATA]
+        if call.op in PROJECTIONS:
+            return bool(others)
+        data = [s for s in slots if s not in others]
+        if call.op not in EPILOGUES or len(data) != 1 or len(others) != 1 or call.kwargs:
+            return False
+        by_channel = all(size == 1 for size in others[0].shape[:-1])
+        same = call.outs[0].shape == data[0].shape
+        return data[0] in self.products and self.readers[data[0]] == 1 and by_channel and same
 
     def _twin(self, call: Call) -> Call | None:
         """An earlier call on tables or weights that gave the same tensors, if nobody has written
