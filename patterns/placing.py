@@ -17,7 +17,7 @@ from fxfuse.patterns.cut import seen_from
 from fxfuse.patterns.read import Reading
 from fxfuse.patterns.record import Layout, Pass, Stream
 from fxfuse.patterns.site import Access, Decoded, Step, StoreWrite
-from fxfuse.patterns.value import Atom, Index, Kind, Leaf, Size, Value
+from fxfuse.patterns.value import Atom, Index, Kind, Leaf, Size, Value, product
 from fxfuse.slots import Call, Slot
 
 aten = torch.ops.aten
@@ -58,7 +58,7 @@ def placed(reading: Reading, store: StoreWrite, decoded: Decoded, roots: Sequenc
 def _placed(
     store: StoreWrite, value: Value, whole: dict[str, Atoms], roots: Sequence[Slot]
 ) -> Placed:
-    tokens = _atoms(value, store.tokens)
+    tokens = _tokens(value, store)
     flat = bool(whole["b"]) and tokens == whole["b"] + whole["t"]
     if tokens != whole["t"] and not flat:
         raise Refused(f"slots along {_name(tokens, whole)} of rows {_names(value, whole)}")
@@ -138,7 +138,9 @@ def stored_copy(
     groups = {x: _atoms(value, store.places[i]) for i, x in enumerate(letters) if x in "bhde"}
     if store.axes:
         groups.pop("e", None)
-    rows = [groups.get("b", ()), _atoms(value, store.tokens), groups.get("h", ())]
+    tokens = _tokens(value, store)
+    by_row = _by_row(tokens, sizes) if k.flat else None
+    rows = [*(by_row or (groups.get("b", ()), tokens)), groups.get("h", ())]
     channels = groups["d"] + groups.get("e", ())
     size = 1
     for atom in channels:
@@ -146,7 +148,7 @@ def stored_copy(
     if not isinstance(size, int):
         return None
     steps = placed_access(factor, [*rows, channels])
-    if k.flat:
+    if k.flat and by_row is None:
         steps = (*steps, ("squeeze", 0), _unflattened(sizes))
     leaf = Leaf(
         -1,
@@ -165,7 +167,7 @@ def stored_copy(
         keep=False,
     )
     axis = {letter: store.places[i] for i, letter in enumerate(letters)}
-    rows_of = (axis.get("b"), store.tokens, axis.get("h"))
+    rows_of = (axis.get("b"), store.tokens[-1] if store.tokens else None, axis.get("h"))
     copy = Decoded(source, value, stream, rows_of, Access(leaf, steps))
     return copy, Layout(letters, _index(store, roots), store.cast)
 
@@ -200,6 +202,13 @@ def _like(k: Layout, store: StoreWrite) -> str | None:
     )
 
 
+def _by_row(tokens: Atoms, sizes: Sizes) -> tuple[Atoms, Atoms] | None:
+    """What walks batch rows, and what walks their tokens, where one axis walks both."""
+    parts = ((tokens[:i], tokens[i:]) for i in range(len(tokens) + 1))
+    fits = (p for p in parts if tuple(product(a.size for a in side) for side in p) == sizes)
+    return next(fits, None)
+
+
 def _unflattened(sizes: Sizes) -> Step:
     """Rows by batch row and token; either of their sizes may be symbolic."""
     batch, tokens = sizes
@@ -219,7 +228,10 @@ def slots_access(
     if len(versions) > 1:
         raise Refused("slots that are written between two uses")
     leaf = Leaf(-1, root.shape, root.dtype, Kind.DATA, root, versions.pop())
-    return Access(leaf, (_unflattened(sizes) if flat else ("unsqueeze", 0),))
+    if root.shape == (sizes if flat else (1, sizes[1])):
+        return Access(leaf, ())
+    joined: tuple[Step, ...] = (("flatten", 0, 1),) if len(root.shape) == 2 else ()
+    return Access(leaf, (*joined, _unflattened(sizes) if flat else ("unsqueeze", 0)))
 
 
 def scale_access(reading: Reading, store: StoreWrite, axes: str, flat: bool) -> Access | None:
@@ -243,8 +255,8 @@ def scale_access(reading: Reading, store: StoreWrite, axes: str, flat: bool) -> 
     for letter, place in zip(axes, store.places, strict=True):
         if letter in "bhde_" and place is not None:
             names[place] = letter
-    if store.tokens is not None:
-        names[store.tokens] = "t"
+    if store.tokens:
+        names[store.tokens[-1]] = "t"
     walked = {names[lead + i]: i for i, size in enumerate(by.shape) if size != 1}
     if not set(walked) <= set("bth"):
         raise Refused("a scale that differs by channel")
@@ -273,6 +285,10 @@ def _is_behind(store: StoreWrite, call: Call) -> bool:
 
 def _atoms(value: Value, axis: int | None) -> Atoms:
     return () if axis is None else value.dims[axis]
+
+
+def _tokens(value: Value, store: StoreWrite) -> Atoms:
+    return tuple(atom for axis in store.tokens for atom in value.dims[axis])
 
 
 def _name(atoms: Atoms, whole: dict[str, Atoms]) -> str:

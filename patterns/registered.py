@@ -93,7 +93,7 @@ class CacheOp:
             x,
             tuple(int(a) if a.isdigit() else places[a] for a in layout),
             digits,
-            0,
+            (0,),
             _indices(call, layout, sizes, slots, offsets),
             self.negative,
             self._cast(memory, x, by),

@@ -111,7 +111,7 @@ class StoreWrite:
 
     places    for each axis of the cache the value's axis that fills it, None where the value lacks
               one of size 1; for those of `indexed` the number of their index
-    tokens    the value's axis that the indices walk, None as above
+    tokens    the value's axes that the indices walk, without those that it lacks
     negative  what an index below 0 means, see `Store`
     cast      how the value's numbers became the cache's; `through` has the calls that did it, each
               with the tensor it did it to, and `scale` their scale tensor and its reader
@@ -124,7 +124,7 @@ class StoreWrite:
     value: Slot
     places: tuple[int | None, ...]
     indexed: frozenset[int]
-    tokens: int | None
+    tokens: tuple[int, ...]
     indices: tuple[CacheIndex, ...]
     negative: Literal["invalid", "wrap", "skip"]
     cast: Cast = UNCAST

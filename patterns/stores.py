@@ -14,6 +14,7 @@ from fxfuse.patterns.access import Refused
 from fxfuse.patterns.casts import cast_of
 from fxfuse.patterns.read import Reading
 from fxfuse.patterns.site import CacheIndex, StoreWrite
+from fxfuse.patterns.value import product
 from fxfuse.slots import Call, Slot
 
 aten = torch.ops.aten
@@ -64,34 +65,48 @@ def rows_write(
 def indexed_write(
     call: Call, cache: Slot, indices: dict[int, Slot], value: Slot, negative: Negative
 ) -> StoreWrite:
-    """Rows at one index, or several, of a cache's axes, as index_put_ has it: the rows' axis stands
-    where the indices do, in front where those are no neighbours.
+    """Rows at one index, or several, of a cache's axes, as index_put_ has it: the rows' axes stand
+    where the indices do, in front where those are no neighbours. Indices have an axis of tokens,
+    behind one of batch rows or without it.
     """
     value = _before_setitem(call, value)
     dims = sorted(indices)
     for slots in indices.values():
-        if slots.dtype not in INTEGERS or len(slots.shape) != 1:
+        if slots.dtype not in INTEGERS or len(slots.shape) not in (1, 2):
             raise Refused(
-                f"slots {list(slots.shape)} of {slots.dtype}, wanted a vector of integers"
+                f"slots {list(slots.shape)} of {slots.dtype}, wanted integers [T] or [B, T]"
             )
     if len({slots.shape for slots in indices.values()}) > 1:
-        raise Refused("indices of different lengths")
+        raise Refused("indices of different shapes")
+    sizes = indices[dims[0]].shape
     free = [d for d in range(len(cache.shape)) if d not in indices]
     at = dims[0] if dims[-1] - dims[0] < len(dims) else 0
-    order: list[int | None] = [*free[:at], None, *free[at:]]
-    wanted = [indices[dims[0]].shape[0] if d is None else cache.shape[d] for d in order]
+    order: list[int | None] = [*free[:at], *[None] * len(sizes), *free[at:]]
+    wanted = [*(cache.shape[d] for d in free[:at]), *sizes, *(cache.shape[d] for d in free[at:])]
     lead = len(wanted) - len(value.shape)
     found = [1] * lead + list(value.shape[max(-lead, 0) :])
     if found != wanted or any(s != 1 for s in value.shape[: max(-lead, 0)]) or not value.shape:
         raise Refused(f"rows of shape {list(value.shape)} where the cache takes {wanted}")
     axis = {d: i - lead if i >= lead else None for i, d in enumerate(order)}
+    tokens = tuple(i - lead for i, d in enumerate(order) if d is None and i >= lead)
     read = [_resolved(call, indices[d]) for d in dims]
     places = [dims.index(d) if d in indices else axis[d] for d in range(len(cache.shape))]
     return StoreWrite(
-        call, cache, value, tuple(places), frozenset(dims), axis[None], tuple(read), negative
+        call, cache, value, tuple(places), frozenset(dims), tokens, tuple(read), negative
     )
 
 
+# What gives a tensor of batch rows and tokens one axis for both.
+VECTORS = frozenset(
+    {
+        aten.view.default,
+        aten._unsafe_view.default,
+        aten.squeeze.default,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+        aten.select.int,
+    }
+)
 # How an index is made of slots, as (divisor, modulus) of its number.
 DIVISIONS: dict[Any, Callable[[int], tuple[int, int]]] = {
     aten.floor_divide.default: lambda n: (n, 0),
@@ -131,6 +146,8 @@ def _division(made: Call) -> tuple[int, int] | None:
     if made.op is aten._to_copy.default:
         same = made.outs[0].device == made.inputs()[0].device
         return (1, 0) if same and made.outs[0].dtype in INTEGERS else None
+    if made.op in VECTORS:
+        return (1, 0) if _is_whole_vector(made) else None
     if made.op is aten.div.Tensor_mode and made.kwargs.get("rounding_mode") == "floor":
         rule: Callable[[int], tuple[int, int]] | None = DIVISIONS[aten.floor_divide.default]
     else:
@@ -138,6 +155,12 @@ def _division(made: Call) -> tuple[int, int] | None:
     number = made.args[1] if rule is not None and len(made.args) == 2 else None
     positive = isinstance(number, int) and not isinstance(number, bool) and number > 0
     return rule(number) if rule is not None and positive and number is not None else None
+
+
+def _is_whole_vector(view: Call) -> bool:
+    """Whether a view has all elements of two axes in one, in their order."""
+    before, after = view.inputs()[0].shape, view.outs[0].shape
+    return (len(before), len(after)) == (2, 1) and product(before) == after[0]
 
 
 def _before_setitem(call: Call, value: Slot) -> Slot:

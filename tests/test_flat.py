@@ -232,9 +232,9 @@ MISSES: dict[str, tuple[Any, ...]] = {
         (), 5, G, (5, G, 2 * D), torch.arange(D), lambda c, s, x: c.index_copy_(2, s, x),
         "slots along channels of rows [tokens, heads, channels]",
     ),
-    "a table of slots": (
-        (1,), 5, G, (S, G, D), SLOTS[None], put,
-        "slots [1, 5] of torch.int64, wanted a vector of integers",
+    "slots of three axes": (
+        (1,), 5, G, (S, G, D), SLOTS[None, None], put,
+        "slots [1, 1, 5] of torch.int64, wanted integers [T] or [B, T]",
     ),
     "added up": (
         (), 5, G, (S, G, D), SLOTS, lambda c, s, x: c.index_put_((s,), x, accumulate=True),
