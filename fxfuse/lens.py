@@ -11,6 +11,7 @@ dtype than Dynamo saw, becomes one opaque call that is taken to write to all its
 """
 
 import contextlib
+import dataclasses
 import operator
 from collections.abc import Iterator
 from typing import Any
@@ -22,7 +23,7 @@ from torch.fx.node import map_aggregate
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fxfuse.expansion import Made, Recorder, Ref, Template, describe, difference, fresh
-from fxfuse.slots import Call, Scalar, Slot, View, slots_of
+from fxfuse.slots import Call, Scalar, Size, Slot, View, slots_of
 from fxfuse.torch_private import (
     fake_mode_of,
     is_mapped,
@@ -240,6 +241,7 @@ class _Lens:
             for m in step.made:
                 if isinstance(m.storage, Ref):
                     storage = slot(m.storage).storage
+                    m = dataclasses.replace(m, offset=_offset(m, slot(m.storage), inputs))
                 else:
                     storage = new.get(m.storage) or new.setdefault(m.storage, self._new_storage())
                 outs.append(self._slot(m, storage, node))
@@ -248,6 +250,15 @@ class _Lens:
             made += outs
             self._add(Call(step.op, args, kwargs, node, tuple(outs), writes))
         return map_aggregate(template.result, slot)
+
+
+def _offset(made: Made, base: Slot, inputs: list[Slot]) -> Size:
+    """Where a view begins in its storage: what was recorded on a fake begins at 0, unless inputs
+    share that storage.
+    """
+    if sum(s.storage == base.storage for s in inputs) > 1:
+        return made.offset
+    return made.offset + base.offset * base.dtype.itemsize // made.dtype.itemsize
 
 
 _METADATA = frozenset(

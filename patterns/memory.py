@@ -25,6 +25,9 @@ class Memory:
         }
         self.touches: dict[int, list[fx.Node]] = {}
         for call in calls:
+            if reading.relations.get(call) == "view":
+                # Whoever reads or writes through a view names its storage too.
+                continue
             for slot in (*call.inputs(), *call.outs):
                 self.touches.setdefault(slot.storage, []).append(call.node)
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 
 from fxfuse.patterns.access import Refused
 from fxfuse.patterns.cut import NOTHING
+from fxfuse.patterns.disjoint import are_disjoint
 from fxfuse.patterns.placing import Placed, placed, scale_access, slots_access, stored_copy
 from fxfuse.patterns.read import Reading
 from fxfuse.patterns.record import Layout, Store
@@ -111,8 +112,22 @@ class Stores:
         """The free stores at the slots of k's, into other memory, the nearest first."""
         at, taken = self.reading.positions, {k_store, *taken}
         free = [s for s in self.writes if s not in taken and {*s.roots} == {*k_store.roots}]
-        free = [s for s in free if s.cache.storage != k_store.cache.storage]
+        free = [s for s in free if self._is_elsewhere(s.cache, k_store.cache)]
         return sorted(free, key=lambda s: abs(at[s.call] - at[k_store.call]))
+
+    def _is_elsewhere(self, cache: Slot, other: Slot) -> bool:
+        """Whether two caches have no memory in common. Parts of one tensor of the graph may lie in
+        one storage; of two that come into the graph so, functionalisation would copy both.
+        """
+        if cache.storage != other.storage:
+            return True
+        return self._whole(cache) is self._whole(other) and are_disjoint(cache, other)
+
+    def _whole(self, slot: Slot) -> Slot:
+        """The tensor that a slot is a view of, or the slot itself."""
+        while slot.call is not None and self.reading.relations.get(slot.call) == "view":
+            slot = slot.call.inputs()[0]
+        return slot
 
     def joined(self, k: Decoded, k_store: StoreWrite, v_store: StoreWrite | None) -> Stored:
         """What the stores of k (and v) add to a site. Raises Refused."""
