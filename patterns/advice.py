@@ -59,7 +59,7 @@ ADVICE = (
     ),
     Advice(
         ("no cache write that is known",),
-        "index_copy_, index_put_, scatter_, a copy into a slice, or an op that is registered",
+        "index_copy_, index_put_ (cache[slots] = k), or an op that is registered",
         "describe an op of another library once, by fxfuse.register_store",
     ),
     Advice(
