@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,3 +19,20 @@ def interpreted(file: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, file], env=environment, capture_output=True, text=True, check=False
     )
+
+
+def launching() -> list[str]:
+    """From now on ops that are called in eager code launch their kernel on the CPU, in such a run;
+    the list gets their names.
+    """
+    from fxfuse import ops
+    from fxfuse.lowering import eager, providers
+
+    launches = []
+
+    def launched(name: str, x: Any, args: Any, record: Any) -> Any:
+        launches.append(name)
+        return eager._norm_rope(record, dict(zip(providers.arguments(name), args, strict=True)))
+
+    ops.launched = launched
+    return launches

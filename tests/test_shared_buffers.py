@@ -23,7 +23,7 @@ import fxfuse
 from fxfuse.lens import look
 from fxfuse.patterns.disjoint import are_disjoint
 from fxfuse.slots import Slot
-from tests.interpreted import interpreted
+from tests.interpreted import interpreted, launching
 from tests.test_flat import ROPE, Rotated, check, draw
 from tests.toys import D, G, assert_like
 
@@ -194,8 +194,8 @@ def test_other_parts_are_right(name: str) -> None:
 
 
 def slot_of(x: Tensor) -> Slot:
-    shape, stride = tuple(x.shape), x.stride()
-    return Slot(shape, stride, x.storage_offset(), x.dtype, x.device, 0, None)  # type: ignore[arg-type]
+    place = (tuple(x.shape), x.stride(), x.storage_offset())
+    return Slot(*place, x.dtype, x.device, 0, None)  # type: ignore[arg-type]
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
@@ -236,16 +236,7 @@ def test_the_lens_knows_where_views_begin(name: str) -> None:
 
 
 def main() -> None:
-    from fxfuse import ops
-    from fxfuse.lowering import eager, providers
-
-    launches = []
-
-    def launched(name: str, x: Tensor, args: Any, record: Any) -> Any:
-        launches.append(name)
-        return eager._norm_rope(record, dict(zip(providers.arguments(name), args, strict=True)))
-
-    ops.launched = launched
+    launches = launching()
     for case in BUFFERS.values():
         torch._dynamo.reset()
         assert stored(*case) == [(ROPE, "store(k,v)")]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import fxfuse
-from tests.interpreted import interpreted
+from tests.interpreted import interpreted, launching
 from tests.test_flat import ROPE, Rotated, check, draw, each
 from tests.toys import D, G, assert_like
 
@@ -125,8 +125,9 @@ class ByPosition(Rotated):
     whatever those are.
     """
 
-    def forward(self, rows: Tensor, positions: Tensor, *memory: Tensor) -> Any:  # type: ignore[override]
-        return super().forward(*rows.split([H, G, G], -2), positions, *memory, positions)
+    def forward(self, rows: Tensor, *memory: Tensor) -> Any:  # type: ignore[override]
+        positions = memory[0]
+        return super().forward(*rows.split([H, G, G], -2), *memory, positions)
 
 
 @pytest.mark.null
@@ -222,16 +223,7 @@ def test_slots_that_are_written_after_they_were_flattened() -> None:
 
 
 def main() -> None:
-    from fxfuse import ops
-    from fxfuse.lowering import eager, providers
-
-    launches = []
-
-    def launched(name: str, x: Tensor, args: Any, record: Any) -> Any:
-        launches.append(name)
-        return eager._norm_rope(record, dict(zip(providers.arguments(name), args, strict=True)))
-
-    ops.launched = launched
+    launches = launching()
     for write, cache, _ in WRITES.values():
         torch._dynamo.reset()
         report = stored(write, cache, slots_of(B, T, wraps=write is not index_copy), "eager")
