@@ -8,7 +8,7 @@
 An example is a chain of plain PyTorch and these lines; run by hand it prints four lines:
 
     found  1 × rms_norm + rope + store(k,v)
-    fused  attention 1, store 1
+    fused  attention 1, store 1 by triton
     equal  error 2.1e-07, stock Inductor 2.2e-07; what is not written is bitwise the same
     ratio  1.32 × stock Inductor (41.0 µs, fxfuse 31.1 µs)
 """
@@ -198,7 +198,8 @@ def show(chain: Chain, device: str, dtype: torch.dtype, tokens: int) -> bool:
     report, new = fxfuse.last_report(), fused(counts, fxfuse.counts())
     assert report is not None
     print(f"found  {found(report)}")
-    print(f"fused  {new}")
+    by = ", ".join(sorted({site.provider for site in report.fused}))
+    print(f"fused  {new} by {by or 'nobody'}")
 
     want = exact(run, fresh())
     mine, theirs = (compare(r, want, fresh(), chain) for r in (result, call(stock, fresh())))

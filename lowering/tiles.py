@@ -63,8 +63,9 @@ FEW_ROWS = 640
 
 # Rows by float32 tables, measured on the H200 for 64 to 256 channels, pairs of either kind: 1,024
 # elements a program, up to WIDE_ROWS on 4 warps, so that all of a token's loads are under way at
-# once; beyond on one, with as many tokens as make 128 elements of a table, 16 bytes a thread.
-WIDE_ROWS = 2**15
+# once (two tokens on 8 where there are fewest); beyond on one, with as many tokens as make 128
+# elements of a table, 16 bytes a thread.
+WIDE_FEWEST, WIDE_ROWS = 1024, 2**15
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +98,7 @@ def tile_for(target: str, rows: int, kind: Rows) -> Tile:
 def _wide(rows: int, kind: Rows) -> Tile:
     channels, run = (1 << (n - 1).bit_length() for n in (kind.channels, kind.run))
     if rows <= WIDE_ROWS:
-        return Tile(1, max(1, 1024 // channels), 4)
+        heads = max(1, 1024 // channels)
+        return Tile(2, heads, 8) if rows <= WIDE_FEWEST else Tile(1, heads, 4)
     tokens = max(1, 128 // run)
     return Tile(tokens, max(1, 1024 // (tokens * channels)), 1)

@@ -76,6 +76,7 @@ def test_tune_times_what_the_recipes_fuse() -> None:
 @pytest.mark.parametrize(
     ("channels", "run", "rows", "wanted"),
     [
+        (128, 64, 768, Tile(2, 8, 8)),
         (128, 64, 4096, Tile(1, 8, 4)),
         (64, 32, 4096, Tile(1, 16, 4)),
         (128, 64, 2**17, Tile(2, 4, 1)),

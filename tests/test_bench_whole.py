@@ -38,6 +38,7 @@ def asked(*more: str) -> list[str]:
 
 
 @pytest.mark.cpu
+@pytest.mark.long
 def test_phases_are_checked_and_timed(small: models.Model, tmp_path: Path, capsys: Any) -> None:
     target = tmp_path / "e2e.json"
     chosen = ["--phases", "decode", "generate", "--opponents", "inductor", "fxfuse"]

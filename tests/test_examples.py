@@ -54,7 +54,7 @@ def test_an_example_is_found_fused_and_equal(name: str, device: str, dtype: str)
     status, lines = shown(EXAMPLES / f"{name}.py", "--device", device, "--dtype", dtype)
     assert list(lines) == ["found", "fused", "equal", "ratio"]
     assert re.match(r"\d+ × \w", lines["found"]), lines["found"]
-    assert re.search(r"\w+ [1-9]\d*", lines["fused"]), lines["fused"]
+    assert re.search(r"\w+ [1-9]\d* by \w+", lines["fused"]), lines["fused"]
     assert lines["equal"].endswith("what is not written is bitwise the same")
     assert float(lines["ratio"].split()[0]) > 0
     assert status == 0, lines
