@@ -76,10 +76,10 @@ def plan(
 
 def kernel_of(name: str) -> Any:
     """The Triton kernel of a launch."""
-    from fxfuse.lowering import kernels, projection_kernel
+    from fxfuse.lowering import attention_kernel, kernels, projection_kernel
 
-    module = kernels if hasattr(kernels, name) else projection_kernel
-    return getattr(module, name)
+    homes = (kernels, projection_kernel, attention_kernel)
+    return next(getattr(home, name) for home in homes if hasattr(home, name))
 
 
 def _kind_of(record: Record, operands: Mapping[str, Operand | None]) -> Rows:

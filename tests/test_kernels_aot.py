@@ -26,7 +26,7 @@ pytestmark = pytest.mark.aot
 TARGETS = [("cuda", arch, 32) for arch in (80, 90, 100)]
 TARGETS += [("hip", arch, 64) for arch in ("gfx942", "gfx950")] + [("hip", "gfx1100", 32)]
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int64: "*i64"}
-POINTERS |= {torch.int32: "*i32"}
+POINTERS |= {torch.int32: "*i32", torch.bool: "*i1"}
 POINTERS |= {torch.uint8: "*u8", torch.float8_e4m3fn: "*fp8e4nv", torch.float8_e5m2: "*fp8e5"}
 # One CUDA and one HIP target take every site, the others two of them.
 EVERYWHERE = ("qwen3", "gptj, partial")
@@ -57,7 +57,7 @@ def planned(case: Operands, symbolic: bool = False) -> launch.Launch:
 
 
 def source(plan: launch.Launch) -> ASTSource:
-    """As Inductor compiles it: strides of 1 constant, multiples of 16 told, eps fp64."""
+    """As Inductor compiles it: strides of 1 constant, multiples of 16 told, eps and scale fp64."""
     kernel = launch.kernel_of(plan.kernel)
     names = kernel.arg_names
     signature, constants, attributes = {}, {}, {}
@@ -67,7 +67,8 @@ def source(plan: launch.Launch) -> ASTSource:
             signature[name], constants[(i,)] = "constexpr", 1 if value == 1 else value
             continue
         tensor, number = isinstance(value, torch.Tensor), isinstance(value, (int, sympy.Integer))
-        signature[name] = POINTERS[value.dtype] if tensor else ("i32", "fp64")["eps" in name]
+        is_float = "eps" in name or name == "scale"
+        signature[name] = POINTERS[value.dtype] if tensor else ("i32", "fp64")[is_float]
         if tensor or (number and value % 16 == 0):
             attributes[(i,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
