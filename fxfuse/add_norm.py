@@ -78,7 +78,8 @@ def run_add_rms_norm(
     record = read_record(text)
     found = _checked(record, x, residual, second)
     args = (x, residual, second, weight, eps, text)
-    if (launched := ops.launched("add_rms_norm", x, args, record)) is not None:
+    launched: tuple[Tensor, Tensor] | None = ops.launched("add_rms_norm", x, args, record)
+    if launched is not None:
         return launched
     # Copied, so that strides are exactly the contract's and no result aliases an input.
     results = empty_results(found, record)

@@ -16,7 +16,7 @@ from torch import Tensor
 from fxfuse import reference
 from fxfuse.by_hand import add_rms_norm, qk_norm, qk_norm_rope, qk_norm_rope_store_, rope
 from fxfuse.patterns.axes import by_token
-from fxfuse.patterns.record import AddNorm, Record, Stream
+from fxfuse.patterns.record import AddNorm, DecodeAttention, Record, Stream
 
 __all__ = [
     "add_rms_norm",
@@ -202,7 +202,8 @@ def run_norm_rope(q: Tensor, k: Tensor | None, *rest: Any) -> tuple[Tensor, Tens
     _check_row("k", k, record.k)
     _check_tokens(q, k=k)
     _check_positions(rest[POSITIONS], record)
-    if (results := launched("norm_rope", q, (q, k, *rest), record)) is not None:
+    results: tuple[Tensor, Tensor] | None = launched("norm_rope", q, (q, k, *rest), record)
+    if results is not None:
         return results
     return _filled(q, k, reference.norm_rope(*(q, k, *rest[:-1], record)), record)
 
@@ -218,14 +219,16 @@ def run_norm_rope_store_(
     _check_positions(rest[POSITIONS], record)
     if 0 in q.shape[:2]:
         return empty_results(q, k, record)
-    if (results := launched("norm_rope_store_", q, (q, k, v, *rest), record)) is not None:
+    given = (q, k, v, *rest)
+    results: tuple[Tensor, Tensor] | None = launched("norm_rope_store_", q, given, record)
+    if results is not None:
         return results
     return _filled(q, k, reference.norm_rope_store_(*(q, k, v, *rest[:-1], record)), record)
 
 
 def launched(
-    name: str, x: Tensor, args: tuple[Any, ...], record: Record | AddNorm
-) -> tuple[Tensor, Tensor] | None:
+    name: str, x: Tensor, args: tuple[Any, ...], record: Record | AddNorm | DecodeAttention
+) -> Any:
     """Results by a kernel, for an op called in eager code on a GPU; None where none takes it."""
     if not x.is_cuda:
         return None

@@ -15,7 +15,15 @@ from torch.nn.functional import linear
 from fxfuse.patterns import axes
 from fxfuse.patterns.axes import Columns, columns_of, runs_of
 from fxfuse.patterns.norms import NORM_KINDS
-from fxfuse.patterns.record import AddNorm, Norm, Pair, Record, Rotation, Stream
+from fxfuse.patterns.record import (
+    AddNorm,
+    DecodeAttention,
+    Norm,
+    Pair,
+    Record,
+    Rotation,
+    Stream,
+)
 from fxfuse.reference_store import unrounded, write_
 
 # start, step and values of some of a row's channels: row[..., start + step * i] = values[..., i].
@@ -310,6 +318,36 @@ def add_rms_norm(
     if weight is not None:
         y = y * offset_weight(weight.to(y.dtype), record.norm)
     return x, y.to(getattr(torch, record.dtype))
+
+
+def decode_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+    record: DecodeAttention,
+) -> Tensor:
+    """out = softmax(q kᵀ · scale + mask) v, the query heads of one head of k as rows of a product.
+
+    Shapes: as `fxfuse.attention.decode_attention`; a row that attends nothing is 0.
+    """
+    batch, heads, groups = q.shape[0], record.heads, record.kv_heads
+    wide = working_dtype(q)
+    rows = q.to(wide).reshape(batch, groups, heads // groups, record.channels)
+    scale = record.channels**-0.5 if scale is None else scale
+    scores = rows @ k.to(wide).transpose(2, 3) * scale  # [B, G, H / G, S]
+    if mask is not None:
+        mask = mask.expand(batch, heads, 1, record.slots).reshape(scores.shape)
+        if mask.dtype == torch.bool:
+            scores = torch.where(mask, scores, float("-inf"))
+        else:
+            scores = scores + mask
+    most = scores.amax(-1, keepdim=True)
+    p = torch.exp(scores - torch.where(most == float("-inf"), 0.0, most))
+    total = p.sum(-1, keepdim=True)
+    out = p @ v.to(wide) / torch.where(total == 0.0, 1.0, total)
+    return out.reshape(batch, heads, 1, record.v_channels).to(q.dtype)
 
 
 def working_dtype(x: Tensor) -> torch.dtype:

@@ -31,6 +31,10 @@ ADD_RMS_NORM = (
     "add_rms_norm(Tensor x, Tensor? residual, Tensor? second, Tensor? weight, float eps, "
     "str record) -> (Tensor, Tensor)"
 )
+DECODE_ATTENTION = (
+    "decode_attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float? scale, str record) "
+    "-> Tensor"
+)
 
 # What functions called by hand are to torch: ops that it decomposes into those above.
 _Q_K = (
@@ -56,6 +60,7 @@ FUSED = (
     (NORM_ROPE_STORE_, "ops"),
     (PROJECT_NORM_ROPE_STORE_, "projection"),
     (ADD_RMS_NORM, "add_norm"),
+    (DECODE_ATTENTION, "attention"),
 )
 BY_HAND = (QK_NORM_ROPE_BY_HAND, QK_NORM_ROPE_STORE_BY_HAND_, ADD_RMS_NORM_BY_HAND)
 # Those with gradients, and the module that has save and backward.

@@ -1,23 +1,35 @@
-"""From operands of attention with one query row to one launch of its kernel.
+"""From operands of attention with one query row to one launch of its kernel, and the op's lowering.
 
 Operands carry their strides as numbers, so the same code launches under Inductor and directly on
 tensors.
 """
 
 import dataclasses
+import importlib.util
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
+from fxfuse import reference
 from fxfuse.lowering.launch import Launch, power_above
 from fxfuse.lowering.operand import Operand
+from fxfuse.lowering.providers import Box, Facts, arguments
+from fxfuse.patterns.record import DecodeAttention
 
 # Tensor cores multiply 16 rows and channels and more at once.
 CORE = 16
 # Slots of a mask that a thread reads at once, and elements of parts that are added at once.
 SCANNED = 16
 JOINED = 8192
+# Programs that fill a GPU a few times over; beyond, the slots of a head are not shared out.
+PROGRAMS = 256
+# Bytes of k and v on their way at once, of the 64 KiB that a program has on every target.
+STAGED_BYTES = 2**16
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MAX_CHANNELS = 512
+MAX_GROUP = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,10 +46,12 @@ class Block:
     cores: bool = True
 
 
-def block_for(rows: int, heads: int, channels: int) -> Block:
-    """The launch table: of B * G heads of k in all, each read by so many of q."""
-    splits = power_above(-(-256 // rows)) if rows <= 128 else 1
-    return Block(64 if channels <= 128 else 32, 4, 2, min(splits, 64))
+def block_for(rows: int, row_bytes: int) -> Block:
+    """The launch table: of B * G heads of k in all, each slot so many bytes of k and v."""
+    splits = 1 if 2 * rows > PROGRAMS else power_above(-(-PROGRAMS // rows))
+    stages = 2
+    slots = max(CORE, min(64, STAGED_BYTES // (stages * row_bytes)))
+    return Block(1 << (slots.bit_length() - 1), 4, stages, min(splits, 64))
 
 
 def sizes(operands: Mapping[str, Operand | None]) -> tuple[int, int, int, int, int, int]:
@@ -56,24 +70,23 @@ def workspace(operands: Mapping[str, Operand | None], block: Block) -> tuple[tup
     return (programs, group, channels), (programs, 2, group)
 
 
-def chosen(operands: Mapping[str, Operand | None]) -> Block:
+def chosen(operands: Mapping[str, Operand | None], dtype: torch.dtype) -> Block:
     """The launch table's entry."""
-    batch, heads, kv_heads, _, channels, v_channels = sizes(operands)
-    return block_for(batch * kv_heads, heads // kv_heads, max(channels, v_channels))
+    batch, _, kv_heads, _, channels, v_channels = sizes(operands)
+    return block_for(batch * kv_heads, (channels + v_channels) * dtype.itemsize)
 
 
 def plan(
     operands: Mapping[str, Operand | None],
     is_boolean: bool,
     scale: float | None,
-    block: Block | None = None,
+    block: Block,
 ) -> Launch:
     """The launch for q, k, v, mask (or None), out [B, H, 1, Dv], dense, and, where the block
     shares out, parts, stats and counters.
 
     Shapes: as the op's, all of them numbers; a mask broadcasts to [B, H, 1, S].
     """
-    block = block or chosen(operands)
     batch, heads, kv_heads, slots, channels, v_channels = sizes(operands)
     q, k, v, out = (_needed(operands, name) for name in ("q", "k", "v", "out"))
     mask = operands.get("mask")
@@ -117,18 +130,78 @@ def _broadcast(mask: Operand | None) -> tuple[int, int, int]:
     return steps[0], steps[1], steps[3]
 
 
-def tensors(
+def declines(facts: Facts) -> str | None:
+    """Why the kernel does not take a call, or None."""
+    record = facts.record
+    assert isinstance(record, DecodeAttention)
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    made = {facts.dtypes[name] for name in "qkv" if name in facts.dtypes}
+    if len(made) > 1 or not made <= set(DTYPES):
+        names = (str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        return f"the kernel knows {', '.join(names)} only, q, k and v alike"
+    if max(record.channels, record.v_channels) > MAX_CHANNELS:
+        return f"the kernel takes at most {MAX_CHANNELS} channels"
+    if record.heads > MAX_GROUP * record.kv_heads:
+        return f"the kernel takes at most {MAX_GROUP} query heads for one of k"
+    if facts.batch is None:
+        return "the number of batch rows is symbolic"
+    return None
+
+
+def lower(name: str, args: tuple[Any, ...], record: DecodeAttention) -> Box:
+    """The result of fxfuse::decode_attention on boxes, by one launch of its kernel."""
+    from fxfuse.lowering import inductor
+    from fxfuse.lowering.fused import with_warps
+
+    call = dict(zip(arguments(name), args, strict=True))
+    q, mask = call["q"], call["mask"]
+    operands: dict[str, Operand | None] = {
+        n: inductor.operand(call[n]) for n in ("q", "k", "v", "mask") if call[n] is not None
+    }
+    numbers = [n for o in operands.values() if o for n in (*o.shape, *o.strides)]
+    if not all(isinstance(n, int) for n in numbers):
+        return loops(name, args, record)
+    batch, heads, *_, channels = sizes(operands)
+    out = inductor.empty(q, (batch, heads, 1, channels), q.get_dtype())
+    if batch == 0:
+        return out
+    operands["out"] = inductor.operand(out)
+    block = chosen(operands, q.get_dtype())
+    for place, shape in zip(("parts", "stats"), workspace(operands, block), strict=False):
+        operands[place] = inductor.operand(inductor.empty(q, shape, torch.float32))
+        operands["counters"] = inductor.operand(inductor.counters(q))
+    is_boolean = mask is not None and mask.get_dtype() == torch.bool
+    planned = plan(operands, is_boolean, call["scale"], block)
+    inductor.launch(with_warps(planned.kernel, planned.warps), planned)
+    return out
+
+
+def loops(name: str, args: tuple[Any, ...], record: DecodeAttention) -> Box:
+    """The reference through Inductor's own lowerings."""
+    from fxfuse.lowering import inductor
+
+    def run(q: Any, k: Any, v: Any, mask: Any, scale: Any, text: str) -> Any:
+        return reference.decode_attention(q, k, v, mask, scale, record)
+
+    return inductor.written(inductor.lower_graph(inductor.traced(run).graph, args))
+
+
+def on_tensors(
     given: Mapping[str, torch.Tensor], scale: float | None, block: Block | None = None
 ) -> tuple[Launch, torch.Tensor, torch.Tensor]:
     """The launch on tensors as they are, its result, and its counters."""
     operands: dict[str, Operand | None] = {n: _operand(x) for n, x in given.items()}
-    block = block or chosen(operands)
+    block = block or chosen(operands, given["q"].dtype)
     batch, heads, *_, channels = sizes(operands)
     q = given["q"]
     made = {"out": q.new_empty((batch, heads, 1, channels))}
     for name, shape in zip(("parts", "stats"), workspace(operands, block), strict=False):
         made[name] = q.new_empty(shape, dtype=torch.float32)
-    made["counters"] = q.new_zeros(batch * heads, dtype=torch.int32)
+    if block.splits > 1:
+        made["counters"] = q.new_zeros(batch * heads, dtype=torch.int32)
+    else:
+        made["counters"] = q.new_empty(0, dtype=torch.int32)
     operands |= {n: _operand(x) for n, x in made.items()}
     is_boolean = "mask" in given and given["mask"].dtype == torch.bool
     return plan(operands, is_boolean, scale, block), made["out"], made["counters"]

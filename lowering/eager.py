@@ -6,6 +6,7 @@ does not take the call, and the caller runs the reference.
 
 import contextlib
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,15 +16,13 @@ import fxfuse.add_norm
 import fxfuse.ops
 from fxfuse.lowering import launch, providers
 from fxfuse.lowering.arch import arch_of
-from fxfuse.patterns.record import AddNorm, Record
+from fxfuse.patterns.record import AddNorm, DecodeAttention, Record
 
 # The kernels load these by their channel alone.
 CONTIGUOUS = ("weight", "q_weight", "k_weight", "q_bias", "k_bias")
 
 
-def launched(
-    name: str, args: tuple[Any, ...], record: Record | AddNorm
-) -> tuple[Tensor, Tensor] | None:
+def launched(name: str, args: tuple[Any, ...], record: Record | AddNorm | DecodeAttention) -> Any:
     """The op's results by one launch; a kernel that raises is asked no more, with one warning.
 
     Mutates: caches, as the op does.
@@ -35,9 +34,9 @@ def launched(
         return None
     tensors |= {n: tensors[n].contiguous() for n in CONTIGUOUS if tensors.get(n) is not None}
     try:
+        launch_on: Callable[..., Any] = LAUNCHED.get(type(record), _norm_rope)
         with _on(facts.device):
-            run = _add_norm if isinstance(record, AddNorm) else _norm_rope
-            return run(record, tensors)  # type: ignore[arg-type]
+            return launch_on(record, tensors)
     except Exception as error:
         providers.drop(provider, "running", error)
         return None
@@ -48,6 +47,16 @@ def _add_norm(record: AddNorm, tensors: dict[str, Any]) -> tuple[Tensor, Tensor]
 
     given = {n: x for n, x in tensors.items() if isinstance(x, Tensor)}
     return norm_launch.launch_on(record, given, tensors["eps"])
+
+
+def _decode_attention(record: DecodeAttention, tensors: dict[str, Any]) -> Tensor:
+    from fxfuse.lowering import attention_launch, direct
+
+    given = {n: x for n, x in tensors.items() if isinstance(x, Tensor)}
+    plan, out, _ = attention_launch.on_tensors(given, tensors["scale"])
+    if out.numel():
+        direct.prepared(plan)()
+    return out
 
 
 def _norm_rope(record: Record, tensors: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -63,6 +72,12 @@ def _norm_rope(record: Record, tensors: dict[str, Any]) -> tuple[Tensor, Tensor]
     plan = direct.planned(record, given, eps, arch_of(q.device))
     direct.prepared(with_stride_arguments(plan))()
     return results
+
+
+LAUNCHED: dict[type, Callable[..., Any]] = {
+    AddNorm: _add_norm,
+    DecodeAttention: _decode_attention,
+}
 
 
 def with_stride_arguments(plan: launch.Launch) -> launch.Launch:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 library: Any = torch.library.Library("fxfuse_provider", "FRAGMENT")  # type: ignore[no-untyped-call]
 
-Run = Callable[..., "tuple[Tensor | None, Tensor | None]"]
+Run = Callable[..., "Tensor | tuple[Tensor | None, Tensor | None]"]
 Failed = Callable[[str, Exception], None]
 
 # By the name of its op, what runs and whom to tell that it raised; a compiled graph may call it as
@@ -28,7 +28,7 @@ def entered(key: str, names: Iterable[str], run: Run, failed: Failed) -> Callabl
     for name in ops:
         _functions[f"{key}_{name}"] = (run, failed)
 
-    def lower(name: str, args: tuple[Any, ...], record: Any) -> tuple[Any, Any]:
+    def lower(name: str, args: tuple[Any, ...], record: Any) -> Any:
         from fxfuse.lowering import inductor, loops
 
         schema = ops[name]._schema.arguments
@@ -37,8 +37,7 @@ def entered(key: str, names: Iterable[str], run: Run, failed: Failed) -> Callabl
         if not all(map(inductor.is_memory, written)):
             return loops.lower(name, args, record)
         # Inductor's C++ wrapper writes a string as it is between quotes.
-        total, out = inductor.call(ops[name], (*args[:-1], args[-1].replace('"', "'")))
-        return total, out
+        return inductor.call(ops[name], (*args[:-1], args[-1].replace('"', "'")))
 
     return lower
 
@@ -77,9 +76,13 @@ def _as_given(args: tuple[Any, ...]) -> tuple[Any, ...]:
     return (*args[:-1], args[-1].replace("'", '"'))
 
 
-def _laid_out(op: Any, results: Any, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    """Results in the memory order that the op promises, none of them memory of an argument."""
+def _laid_out(op: Any, results: Any, args: tuple[Any, ...]) -> Any:
+    """Results in the memory order that the op promises, none of them memory of an argument; the
+    tensor itself of an op that returns one.
+    """
     wanted = _promised(op, tuple(map(_metadata, args)))
+    if is_sole := len(op._schema.returns) == 1:
+        results = (results,)
     if not isinstance(results, tuple) or len(results) != len(wanted):
         raise TypeError(f"got {type(results).__name__}, wanted a tuple of {len(wanted)} results")
     taken = {_memory(x) for x in args if isinstance(x, Tensor)}
@@ -94,7 +97,7 @@ def _laid_out(op: Any, results: Any, args: tuple[Any, ...]) -> tuple[Tensor, ...
             x = torch.empty_strided(shape, stride, dtype=dtype, device=device).copy_(x)
         taken.add(_memory(x))
         found.append(x)
-    return tuple(found)
+    return found[0] if is_sole else tuple(found)
 
 
 def _memory(x: Tensor) -> int:
@@ -117,4 +120,5 @@ def _promised(op: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
     device = next(x[3] for x in args if isinstance(x, tuple))
     results = op(*map(without_data, args))
+    results = (results,) if isinstance(results, Tensor) else results
     return tuple((tuple(r.shape), r.stride(), r.dtype, device) for r in results)

@@ -14,30 +14,33 @@ import inspect
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 import fxfuse.add_norm
+import fxfuse.attention
 import fxfuse.ops
 from fxfuse.lowering import opaque
-from fxfuse.patterns.record import AddNorm, Record
+from fxfuse.patterns.record import AddNorm, DecodeAttention, Record
 from fxfuse.settings import FxfuseError
 
 log = logging.getLogger(__name__)
 
 # Inductor's TensorBox, or any tensor.
 Box = Any
-Lower = Callable[[str, tuple[Any, ...], Any], tuple[Box, Box]]
-Run = Callable[..., "tuple[Tensor | None, Tensor | None]"]
+Lower = Callable[[str, tuple[Any, ...], Any], Any]
+Run = Callable[..., "Tensor | tuple[Tensor | None, Tensor | None]"]
+AnyRecord: TypeAlias = Record | AddNorm | DecodeAttention
 
 # The ops, and what reads their records.
-OPS: dict[str, Callable[[str], Record | AddNorm]] = {
+OPS: dict[str, Callable[[str], AnyRecord]] = {
     "norm_rope": fxfuse.ops.read_record,
     "norm_rope_store_": fxfuse.ops.read_record,
     "project_norm_rope_store_": fxfuse.ops.read_record,
     "add_rms_norm": fxfuse.add_norm.read_record,
+    "decode_attention": fxfuse.attention.read_record,
 }
 
 
@@ -45,8 +48,9 @@ OPS: dict[str, Callable[[str], Record | AddNorm]] = {
 class Facts:
     """What a provider decides by; a size that is symbolic is None.
 
-    record  of the site: `fxfuse.patterns.record.Record`, or `AddNorm` for add_rms_norm
-    heads   of q, k, v; None where a stream is absent too; empty for add_rms_norm
+    record  of the site: `fxfuse.patterns.record.Record`, or `AddNorm` for add_rms_norm, or
+            `DecodeAttention` for decode_attention
+    heads   of q, k, v; None where a stream is absent too; empty for both of these
     batch   B of q
     shape   of add_rms_norm's x
     dtypes  of q, k, v, or x and the weights they are made of, and of their caches, or of
@@ -55,7 +59,7 @@ class Facts:
     device  where they are, None where unknown
     """
 
-    record: Record | AddNorm
+    record: AnyRecord
     heads: tuple[int | None, ...] = ()
     batch: int | None = None
     shape: tuple[int | None, ...] = ()
@@ -67,6 +71,8 @@ class Facts:
         """The op's name."""
         if isinstance(self.record, AddNorm):
             return "add_rms_norm"
+        if isinstance(self.record, DecodeAttention):
+            return "decode_attention"
         if self.record.projected:
             return "project_norm_rope_store_"
         return "norm_rope_store_" if self.record.store else "norm_rope"
@@ -144,13 +150,13 @@ def register_provider(
             compiled(x)
 
     run       a function of tensors that computes what the op does: it gets the op's arguments
-              (`fxfuse.ops`, `fxfuse.add_norm`) by their names, with the record itself, and returns
-              the op's results, None for one that is empty. Compiled graphs call it and do not look
-              into it; it may be captured in a CUDA graph.
+              (`fxfuse.ops`, `fxfuse.add_norm`, `fxfuse.attention`) by their names, with the
+              record itself, and returns the op's results, None for one that is empty. Compiled
+              graphs call it and do not look into it; it may be captured in a CUDA graph.
     lower     instead of `run`: a function of the op's name, its arguments as Inductor's boxes and
               the record, that returns the results as boxes
-    ops       which of norm_rope, norm_rope_store_, project_norm_rope_store_ and add_rms_norm it
-              takes
+    ops       which of norm_rope, norm_rope_store_, project_norm_rope_store_, add_rms_norm and
+              decode_attention it takes
     devices   device types it is for, such as "cuda" (ROCm too) or "cpu"; None is every one
     declines  why it does not take a call, or None where it does: it must decline wherever it would
               compute something else than the op
@@ -284,17 +290,20 @@ def asked_first(provider: Provider) -> Iterator[None]:
 # The arguments whose dtypes are facts.
 TOLD = (
     "x", "residual", "second", "weight", "q", "k", "v", "q_proj", "k_proj", "v_proj", "k_cache",
-    "v_cache",
+    "v_cache", "mask",
 )  # fmt: skip
 
 
-def facts_of(record: Record | AddNorm, tensors: Mapping[str, Any]) -> Facts:
+def facts_of(record: AnyRecord, tensors: Mapping[str, Any]) -> Facts:
     """Facts from an op's tensors, or fakes of them, by the names of its arguments."""
     given = {name: x for name, x in tensors.items() if isinstance(x, Tensor) and name in TOLD}
     dtypes, first = {name: x.dtype for name, x in given.items()}, next(iter(given.values()))
     if isinstance(record, AddNorm):
         shape = tuple(map(_number, first.shape))
         return Facts(record, shape=shape, dtypes=dtypes, device=first.device)
+    if isinstance(record, DecodeAttention):
+        batch = _number(first.shape[0])
+        return Facts(record, batch=batch, dtypes=dtypes, device=first.device)
     source, axis = ("{}_proj", 0) if record.projected else ("{}", 2)
     streams = [given.get(source.format(name)) for name in ("q", "k", "v")]
     heads = tuple(None if x is None else _number(x.shape[axis]) for x in streams)
@@ -323,7 +332,7 @@ def starting_anew() -> Iterator[None]:
         _starts_anew.reset(token)
 
 
-def _lower(name: str, *args: Any) -> tuple[Box, Box]:
+def _lower(name: str, *args: Any) -> Any:
     from fxfuse.lowering import inductor
 
     record = OPS[name](args[-1])

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fxfuse.lowering import libraries, norm_launch
+from fxfuse.lowering import attention_launch, libraries, norm_launch
 from fxfuse.lowering.launch import KINDS, axis_runs
 from fxfuse.lowering.providers import Box, Facts, register_provider
 from fxfuse.patterns.record import Record
@@ -88,6 +88,7 @@ def _loops(name: str, args: tuple[Any, ...], record: Record) -> tuple[Box, Box]:
 
 
 NORM = "add_rms_norm"
+ATTENTION = "decode_attention"
 PROJECTION = "project_norm_rope_store_"
 
 register_provider("loops", lower=_loops, ops=(*ROPE_OPS, PROJECTION), version="")
@@ -109,6 +110,15 @@ register_provider(
     ops=(NORM,),
     devices=("cuda",),
     declines=norm_launch.declines,
+    version="",
+)
+register_provider("loops", lower=attention_launch.loops, ops=(ATTENTION,), version="")
+register_provider(
+    "triton",
+    lower=attention_launch.lower,
+    ops=(ATTENTION,),
+    devices=("cuda",),
+    declines=attention_launch.declines,
     version="",
 )
 for _library in libraries.LIBRARIES:

@@ -220,6 +220,34 @@ class GroupedHeads:
     dtype: str = "float32"
 
 
+@dataclasses.dataclass(frozen=True)
+class DecodeAttention:
+    """One attention with one query row: out = softmax(q kᵀ · scale + mask) v.
+
+    heads, kv_heads       of q; of k and v, each read by heads / kv_heads of q in a row
+    channels, v_channels  of a row of q and k; of v
+    slots                 rows of k and v
+    mask                  "" none, "bool" (True is attended), or the dtype of one that is added
+    dtype                 of q, k, v and the result; torch dtypes' names
+    """
+
+    heads: int
+    kv_heads: int
+    channels: int
+    v_channels: int
+    slots: int
+    mask: str = ""
+    dtype: str = "float32"
+
+    def to_text(self) -> str:
+        return json.dumps(dataclasses.asdict(self), separators=(",", ":"), sort_keys=True)
+
+    @staticmethod
+    @functools.cache
+    def from_text(text: str) -> "DecodeAttention":
+        return DecodeAttention(**json.loads(text))
+
+
 def _store(data: dict[str, Any]) -> Store:
     def layout(data: dict[str, Any]) -> Layout:
         index = tuple((operand, by, of) for operand, by, of in data["index"])

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from fxfuse.patterns.record import DecodeAttention
 
 INF = float("inf")
 
@@ -103,3 +106,21 @@ def truth(given: dict[str, Tensor], scale: float | None = None) -> Tensor:
     most = scores.amax(-1, keepdim=True).clamp(min=-1e300)
     p = (scores - most).exp()
     return p @ v / p.sum(-1, keepdim=True).clamp(min=1e-300)
+
+
+def record_of(given: dict[str, Tensor]) -> DecodeAttention:
+    q, k, v, mask = (given.get(name) for name in ("q", "k", "v", "mask"))
+    kind = "" if mask is None else "bool" if mask.dtype == torch.bool else _name(mask)
+    return DecodeAttention(
+        q.shape[1], k.shape[1], q.shape[3], v.shape[3], k.shape[2], kind, _name(q)
+    )
+
+
+def _name(x: Tensor) -> str:
+    return str(x.dtype).removeprefix("torch.")
+
+
+def arguments(given: dict[str, Tensor], scale: float | None = None) -> tuple[Any, ...]:
+    """The op's arguments, in order."""
+    operands = [given.get(name) for name in ("q", "k", "v", "mask")]
+    return (*operands, scale, record_of(given).to_text())

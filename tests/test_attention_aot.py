@@ -39,7 +39,7 @@ COMPILED = [
 
 def compiled(name, target, dtype=torch.bfloat16):
     shape, block = SHAPES[name]
-    plan, *_ = attention_launch.tensors(tensors(shape, dtype), None, block)
+    plan, *_ = attention_launch.on_tensors(tensors(shape, dtype), None, block)
     options = {**OPTIONS, "num_warps": plan.warps}
     return plan, triton.compile(source(plan), target=GPUTarget(*target), options=options)
 
@@ -69,7 +69,7 @@ def test_k_and_v_are_loaded_wide_and_the_count_is_released_and_acquired():
 @pytest.mark.parametrize("name", SHAPES)
 def test_inductor_sees_only_result_and_workspace_as_written(name):
     shape, block = SHAPES[name]
-    plan, *_ = attention_launch.tensors(tensors(shape, torch.bfloat16), None, block)
+    plan, *_ = attention_launch.on_tensors(tensors(shape, torch.bfloat16), None, block)
     workspace = (
         {"parts_ptr", "stats_ptr", "counters_ptr"} if plan.constants["SPLITS"] > 1 else set()
     )

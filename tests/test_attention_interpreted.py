@@ -23,7 +23,7 @@ CLOSE = 1e-6
 def result(given: dict[str, torch.Tensor], block: object = None) -> torch.Tensor:
     from fxfuse.lowering import attention_launch, direct
 
-    plan, out, counters = attention_launch.tensors(given, None, block)
+    plan, out, counters = attention_launch.on_tensors(given, None, block)
     for name in ("out_ptr", "parts_ptr", "stats_ptr"):
         plan.arguments[name].fill_(float("nan"))
     counters.zero_()
