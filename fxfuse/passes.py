@@ -19,6 +19,7 @@ from fxfuse.lowering.arch import arch_of
 from fxfuse.lowering.providers import Choice, Facts, choose, named
 from fxfuse.patterns.plan import plan
 from fxfuse.patterns.read import read
+from fxfuse.patterns.record import GroupedHeads
 from fxfuse.patterns.site import AnyRecord, Decoded, Gate, GroupedSite, NormSite, Site
 from fxfuse.patterns.value import Kind
 from fxfuse.report import Report, fused_group, fused_norm, fused_of
@@ -36,7 +37,7 @@ GRADIENTS = (
 )
 
 # Stages whose refusal leaves a rotation fused, or is about none.
-NO_ROTATION = ("store", "cut", "norm", "grouped_heads", "projection")
+NO_ROTATION = ("store", "cut", "norm", "grouped_heads", "decode_attention", "projection")
 
 
 def fuse_graph(
@@ -113,7 +114,9 @@ def _fuse(
             fused_of(x, _provider(x, settings), _gain(x, settings)) for x in planned.sites
         ]
         report.fused += [fused_norm(x, _norm_provider(x, settings)) for x in planned.norms]
-        report.fused += [fused_group(x, _gain(x, settings)) for x in planned.groups]
+        report.fused += [
+            fused_group(x, _group_provider(x, settings), _gain(x, settings)) for x in planned.groups
+        ]
     bodies = {}
     for name, body, its_kinds in checkpointed(gm, reading):
         new = _fuse(body, settings, report, its_kinds, training)
@@ -132,7 +135,9 @@ def _gate(settings: Settings) -> Gate:
     """Why the settings, or the gate's table, leave a site to the compiler."""
 
     def reason(kind: str, slot: Slot, rows: int | None, record: AnyRecord | None) -> str:
-        if kind in settings.disable:
+        # With one query, too, repeated heads stay where they are to stay.
+        stages = ("grouped_heads", kind) if kind == "decode_attention" else (kind,)
+        if not set(stages).isdisjoint(settings.disable):
             return "disabled by settings"
         if kind == "projection" and settings.checks_sites():
             return "debug mode checks q, k and v as they are projected"
@@ -207,6 +212,16 @@ def _norm_provider(site: NormSite, settings: Settings) -> Choice:
     dtypes = {name: leaf.dtype for name, leaf in named.items()}
     shape = tuple(size if isinstance(size, int) else None for size in slot.shape)
     return _choice(Facts(site.record, (), None, shape, dtypes, slot.device), settings)
+
+
+def _group_provider(site: GroupedSite, settings: Settings) -> Choice:
+    """Grouped heads are read by torch's own attention."""
+    record, query = site.record, site.query
+    if isinstance(record, GroupedHeads):
+        return Choice("torch", ())
+    dtypes = {"q": query.dtype, "k": site.key.slot.dtype, "v": site.value.slot.dtype}
+    batch = query.shape[0] if isinstance(query.shape[0], int) else None
+    return _choice(Facts(record, batch=batch, dtypes=dtypes, device=site.device), settings)
 
 
 def placeholder_kinds(gm: fx.GraphModule, kinds: KindOf) -> dict[fx.Node, Kind]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from fxfuse.lowering.providers import Choice
-from fxfuse.patterns.record import AddNorm, GroupedHeads, Norm, Record
+from fxfuse.patterns.record import AddNorm, DecodeAttention, GroupedHeads, Norm, Record
 from fxfuse.patterns.site import (
     AnyRecord,
     GroupedSite,
@@ -110,6 +110,7 @@ KINDS = {
     "norm": "norm of q and k",
     "add_rms_norm": "add + rms_norm",
     "grouped_heads": "attention over repeated heads",
+    "decode_attention": "attention with one query",
     "projection": "projection of q, k and v",
 }
 
@@ -117,7 +118,7 @@ KINDS = {
 def _short(record: AnyRecord) -> str:
     if isinstance(record, AddNorm):
         return f"{record.channels} channels"
-    if isinstance(record, GroupedHeads):
+    if isinstance(record, (GroupedHeads, DecodeAttention)):
         return f"{record.heads} heads over {record.kv_heads}, {record.channels} channels"
     stream = record.q
     rotation = stream.rotation
@@ -133,6 +134,8 @@ def stages_of(record: AnyRecord) -> tuple[str, ...]:
     """The stages of a site in the order they are computed."""
     if isinstance(record, GroupedHeads):
         return ("grouped_heads",)
+    if isinstance(record, DecodeAttention):
+        return ("decode_attention",)
     if isinstance(record, AddNorm):
         return (*["add"] * (record.addends - 1), _norm_name(record.norm))
     norm = record.q.norm
@@ -163,19 +166,19 @@ def fused_norm(site: NormSite, choice: Choice) -> Fused:
     )
 
 
-def fused_group(site: GroupedSite, gain: float | None = None) -> Fused:
-    """The entry of an attention call that reads its heads as they were before they were repeated;
-    torch's own attention does so.
-    """
+def fused_group(site: GroupedSite, choice: Choice, gain: float | None = None) -> Fused:
+    """The entry of an attention call that reads heads as they were before they were repeated."""
+    decodes = isinstance(site.record, DecodeAttention)
     return Fused(
         stages=stages_of(site.record),
         where=location(site.call.node),
-        op="scaled_dot_product_attention(enable_gqa)",
-        provider="torch",
+        op="fxfuse::decode_attention" if decodes else "scaled_dot_product_attention(enable_gqa)",
+        provider=choice.provider,
         record=site.record,
         eps=(),
         kind=site.kind,
         gain=gain,
+        declined=choice.declined,
     )
 
 
@@ -240,7 +243,8 @@ def counts() -> dict[str, int]:
     rotation was fused, "norm" for each whose norms of q and k were, without a rotation, "store" for
     each of those whose site includes the KV-cache store, "key" for each k that was fused apart from
     its q, "add_rms_norm" for each norm over the hidden width, "grouped_heads" for each attention
-    call that reads heads as they were before they were repeated.
+    call that reads heads as they were before they were repeated, "decode_attention" for each with
+    one query in a kernel of its own.
     """
     with _lock:
         return dict(_counts)

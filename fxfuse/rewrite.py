@@ -13,6 +13,7 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxfuse.patterns.plan import Plan
+from fxfuse.patterns.record import DecodeAttention
 from fxfuse.patterns.site import (
     Access,
     Decoded,
@@ -63,6 +64,9 @@ class _Editor:
         """Attention reads k and v as they were before their heads were repeated."""
         node = self.nodes[site.call.node]
         self.dead += node.all_input_nodes
+        if isinstance(site.record, DecodeAttention):
+            self._decode(site, site.record, node)
+            return
         with self.graph.inserting_before(node):
             for i, name, operand in ((1, "key", site.key), (2, "value", site.value)):
                 new = self._before_repeats(operand, node)
@@ -71,6 +75,18 @@ class _Editor:
                 else:
                     node.update_arg(i, new)
         node.update_kwarg("enable_gqa", True)
+
+    def _decode(self, site: GroupedSite, record: DecodeAttention, node: fx.Node) -> None:
+        """The node calls the op instead; whoever knows it, as a reader or a place, still does."""
+        with self.graph.inserting_before(node):
+            key, value = (self._before_repeats(x, node) for x in (site.key, site.value))
+        mask = self._holder(site.mask) if site.mask else None
+        node.target = torch.ops.fxfuse.decode_attention.default
+        node.args = (
+            self._holder(site.query), key, value, mask, site.scale, record.to_text(),
+        )  # fmt: skip
+        node.kwargs = {}
+        node.meta["example_value"] = self._example(node.target, node.args)
 
     def _before_repeats(self, operand: Repeated, reader: fx.Node) -> fx.Node:
         """What a k or v was repeated from; it has a new reader then."""

@@ -11,7 +11,7 @@ Compiler = Literal["inductor", "aot_eager", "eager"]
 Numerics = Literal["inductor", "graph"]
 Gate = Literal["auto", "always", "never"]
 
-DISABLEABLE = ("attention", "store", "grouped_heads", "projection")
+DISABLEABLE = ("attention", "store", "grouped_heads", "decode_attention", "projection")
 
 
 class FxfuseError(RuntimeError):
@@ -25,6 +25,7 @@ class Settings:
     strict     a rotation that is refused is an error that names it
     disable    stages left alone: "attention" (everything), "store" (cache writes stay the model's),
                "grouped_heads" (attention reads repeated heads as the model has them),
+               "decode_attention" (attention with one query stays torch's),
                "projection" (the products that make q, k and v stay the compiler's)
     numerics   "inductor": float32 from load to store, one rounding; "graph": the graph's own
                rounding points, which the fused kernels do not keep, so that nothing is fused and

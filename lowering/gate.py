@@ -7,7 +7,7 @@ table's first entry that fits. A decision without a gain is expected, not measur
 import dataclasses
 from collections.abc import Callable
 
-from fxfuse.patterns.record import AddNorm, GroupedHeads, Record
+from fxfuse.patterns.record import AddNorm, DecodeAttention, GroupedHeads, Record
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Facts:
     """
 
     rows: int | None = None
-    record: Record | AddNorm | GroupedHeads | None = None
+    record: Record | AddNorm | GroupedHeads | DecodeAttention | None = None
     arch: str = ""
 
 
@@ -73,6 +73,14 @@ def _masked_bfloat16(facts: Facts) -> bool:
     if not isinstance(record, GroupedHeads) or not _measured(facts):
         return False
     return record.has_mask and record.dtype == "bfloat16"
+
+
+def _decoded_bfloat16(facts: Facts) -> bool:
+    """One query with a mask in bfloat16: what was measured of attention in a kernel of its own."""
+    record = facts.record
+    if not isinstance(record, DecodeAttention) or not _measured(facts):
+        return False
+    return bool(record.mask) and record.dtype == "bfloat16"
 
 
 _ONCE = "k and v are read once, not repeated"

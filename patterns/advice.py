@@ -52,6 +52,13 @@ ADVICE = (
         "it enable_gqa=True",
     ),
     Advice(
+        ("^attention with one query",),
+        "q [B, H, 1, D] over k and v of one dtype and of sizes that are numbers, a mask tensor or "
+        "none, and a scale that is a number",
+        "nothing: torch's attention reads grouped heads there as for more queries; for the kernel "
+        "compile with dynamic=False and hand over a mask instead of is_causal",
+    ),
+    Advice(
         ("grows by cat",),
         "a cache that is written in place: index_copy_, cache[slots] = k, a copy into a slice",
         "use a static cache (generate: cache_implementation='static'); all before the store is "

@@ -6,15 +6,19 @@ repeated from. That they are the same numbers is read off the Values: alike but 
 size n, that walks no tensor.
 """
 
+import dataclasses
 import logging
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.attention
 
+from fxfuse.patterns import decode_attention
 from fxfuse.patterns.access import Refused
 from fxfuse.patterns.attention import NAMES
 from fxfuse.patterns.chosen import numbers_of
+from fxfuse.patterns.decode_attention import decoding, has_one_query
 from fxfuse.patterns.frontier import Frontier
 from fxfuse.patterns.read import Reading
 from fxfuse.patterns.record import GroupedHeads
@@ -27,7 +31,7 @@ aten = torch.ops.aten
 log = logging.getLogger(__name__)
 
 KIND = "grouped_heads"
-SIGNATURE = (*NAMES, "attn_mask", "dropout_p")
+SIGNATURE = (*NAMES, "attn_mask", "dropout_p", "is_causal")
 # What a call may do between the heads and their repetition: no arithmetic.
 MOVES = ("view", "same")
 JOINS = (aten.stack.default, aten.cat.default)
@@ -50,8 +54,9 @@ class Groups:
         for call in _attention_calls(reading):
             node = call.node
             try:
-                site = self._site(call)
-                reason = gate(KIND, site.query, site.rows, site.record)
+                site = self._decoding(self._site(call), gate)
+                decodes = site.kind == decode_attention.KIND
+                reason = "" if decodes else gate(KIND, site.query, site.rows, site.record)
             except Refused as error:
                 self.refusals.append(Refusal(KIND, node.name, str(error), location(node)))
                 continue
@@ -74,7 +79,7 @@ class Groups:
         key, value = (self._repeated(slot, call) for slot in (k, v))
         if key.times != value.times or q.shape[1] != k.shape[1] or k.shape[1] != v.shape[1]:
             raise Refused("k and v are repeated differently, or not for every head of q")
-        given = dict(zip(SIGNATURE, call.args, strict=False)) | call.kwargs
+        given = _arguments(call)
         if given.get("dropout_p"):
             raise Refused("attention with dropout draws other numbers over grouped heads")
         record = GroupedHeads(
@@ -85,6 +90,26 @@ class Groups:
             dtype=str(q.dtype).removeprefix("torch."),
         )
         return GroupedSite(record, call, q, key, value)
+
+    def _decoding(self, site: GroupedSite, gate: Gate) -> GroupedSite:
+        """The site as one of attention with one query row, where it is one and the gate has it."""
+        node, q = site.call.node, site.query
+        if not has_one_query(q):
+            return site
+        sources = (site.key.slot, site.value.slot)
+        given = _arguments(site.call)
+        try:
+            record = decoding(self.frontier, site.call, given, sources, site.key.times)
+        except Refused as error:
+            kind, where = decode_attention.KIND, location(node)
+            self.refusals.append(Refusal(kind, node.name, str(error), where))
+            return site
+        kind = decode_attention.KIND
+        if reason := gate(kind, q, site.rows, record):
+            self.left.append(Left(kind, reason, node.name, location(node)))
+            return site
+        mask, scale = given.get("attn_mask"), given.get("scale")
+        return dataclasses.replace(site, record=record, kind=kind, mask=mask, scale=scale)
 
     def _check_kernels(self) -> None:
         """Raises Refused where attention may be left without a kernel: of those on a GPU not all
@@ -158,6 +183,11 @@ def _attention_calls(reading: Reading) -> Iterator[Call]:
 def _is_repeated(reading: Reading, slot: Slot) -> bool:
     repeats = repeating_atom(reading.values[slot]) is not None
     return repeats or gathered(reading, slot) is not None
+
+
+def _arguments(call: Call) -> dict[str, Any]:
+    """Those that are given, by name."""
+    return dict(zip(SIGNATURE, call.args, strict=False)) | call.kwargs
 
 
 def _operand(call: Call, index: int) -> Slot:

@@ -10,7 +10,14 @@ import torch
 from torch import fx
 
 from fxfuse.patterns.advice import advice_for
-from fxfuse.patterns.record import AddNorm, Cast, GroupedHeads, Record, Stream
+from fxfuse.patterns.record import (
+    AddNorm,
+    Cast,
+    DecodeAttention,
+    GroupedHeads,
+    Record,
+    Stream,
+)
 from fxfuse.patterns.value import Leaf, Size, Value, product
 from fxfuse.slots import Call, Scalar, Slot
 
@@ -233,14 +240,18 @@ class Repeated:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class GroupedSite:
-    """One attention call that reads repeated heads, its query, and what its k and v were before."""
+    """One attention call that reads repeated heads, its query, and what its k and v were before;
+    where its kind is "decode_attention" the op takes its place, with its mask and scale.
+    """
 
-    record: GroupedHeads
+    record: GroupedHeads | DecodeAttention
     call: Call
     query: Slot
     key: Repeated
     value: Repeated
     kind: str = "grouped_heads"
+    mask: Slot | None = None
+    scale: float | None = None
 
     @property
     def rows(self) -> int | None:
@@ -269,7 +280,7 @@ class Left:
 
 # Why a site of a kind that makes a slot is left to the compiler, or nothing. The record is None
 # before it is known; the number is of rows, None where symbolic.
-AnyRecord: TypeAlias = Record | AddNorm | GroupedHeads
+AnyRecord: TypeAlias = Record | AddNorm | GroupedHeads | DecodeAttention
 Gate: TypeAlias = Callable[[str, Slot, "int | None", "AnyRecord | None"], str]
 
 
