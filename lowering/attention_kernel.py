@@ -116,31 +116,28 @@ def chunk(
 @triton.jit
 def joined(
     parts_ptr, stats_ptr, count, N: tl.constexpr, DV: tl.constexpr, HEADS: tl.constexpr,
-    BLOCK_DV: tl.constexpr, SPLITS: tl.constexpr, AT_ONCE: tl.constexpr,
+    BLOCK_DV: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """The result [HEADS, Dv] of `count` chunks, AT_ONCE of them added at once, in order."""
-    o_h, o_v, o_i = tl.arange(0, HEADS), tl.arange(0, BLOCK_DV), tl.arange(0, SPLITS)
-    m_h, m_v = o_h < N, o_v < DV
-    stats = stats_ptr + o_i[:, None] * (2 * N) + o_h[None, :]
-    m_i = (o_i < count)[:, None] & m_h[None, :]
-    most = tl.load(stats, mask=m_i, other=float("-inf"))
-    top = tl.max(most, 0)
-    top = tl.where(top == float("-inf"), 0.0, top)
-    weights = tl.load(stats + N, mask=m_i, other=0.0)
-    weight = tl.sum(weights * tl.exp(most - top[None, :]), 0)
+    """The result [HEADS, Dv] of `count` chunks, AT_ONCE read and added at once, in order."""
+    o_h, o_v = tl.arange(0, HEADS), tl.arange(0, BLOCK_DV)
+    m_h, m_v = (o_h < N)[None, :], (o_v < DV)[None, None, :]
+    top = tl.full([HEADS], float("-inf"), tl.float32)
+    weight = tl.zeros([HEADS], tl.float32)
     total = tl.zeros([HEADS, BLOCK_DV], tl.float32)
     for i in range(0, count, AT_ONCE):
-        o_p = i + tl.arange(0, AT_ONCE)
-        m_p = (o_p < count)[:, None] & m_h[None, :]
-        most_of = tl.load(
-            stats_ptr + o_p[:, None] * (2 * N) + o_h[None, :], mask=m_p, other=float("-inf")
-        )
-        rows = (o_p[:, None] * N + o_h[None, :])[:, :, None] * DV
-        part = tl.load(
-            parts_ptr + rows + o_v[None, None, :], mask=m_p[:, :, None] & m_v[None, None, :],
-            other=0.0,
-        )  # fmt: skip
-        total += tl.sum(part * tl.exp(most_of - top[None, :])[:, :, None], 0)
+        o_i = i + tl.arange(0, AT_ONCE)[:, None]
+        m_i = (o_i < count) & m_h
+        rows = (o_i * N + o_h[None, :])[:, :, None] * DV + o_v[None, None, :]
+        part = tl.load(parts_ptr + rows, mask=m_i[:, :, None] & m_v, other=0.0)
+        stats = stats_ptr + o_i * (2 * N) + o_h[None, :]
+        most = tl.load(stats, mask=m_i, other=float("-inf"))
+        weights = tl.load(stats + N, mask=m_i, other=0.0)
+        now = tl.maximum(top, tl.max(most, 0))
+        base = tl.where(now == float("-inf"), 0.0, now)
+        fade, p = tl.exp(top - base), tl.exp(most - base[None, :])
+        weight = weight * fade + tl.sum(weights * p, 0)
+        total = total * fade[:, None] + tl.sum(part * p[:, :, None], 0)
+        top = now
     return total / tl.where(weight == 0.0, 1.0, weight)[:, None]
 
 
@@ -203,7 +200,7 @@ def decode_attention(
                 tl.store(counters_ptr + i_row, 0)
                 result = joined(
                     parts_ptr + i_part * N * DV, stats_ptr + i_part * 2 * N, count,
-                    N, DV, HEADS, BLOCK_DV, SPLITS, AT_ONCE,
+                    N, DV, HEADS, BLOCK_DV, AT_ONCE,
                 )  # fmt: skip
                 o_n = tl.arange(0, HEADS)
                 m_n = (o_n < N)[:, None] & (o_v < DV)[None, :]

@@ -20,9 +20,9 @@ from fxfuse.patterns.record import DecodeAttention
 
 # Tensor cores multiply 16 rows and channels and more at once.
 CORE = 16
-# Slots of a mask that a thread reads at once, and elements of parts that are added at once.
-SCANNED = 16
-JOINED = 8192
+# Slots of a mask, and elements of parts, that a thread reads at once.
+SCANNED = 32
+JOINED = 64
 # Programs that fill a GPU a few times over; beyond, the slots of a head are not shared out.
 PROGRAMS = 256
 # Bytes of k and v on their way at once, of the 64 KiB that a program has on every target.
@@ -115,7 +115,7 @@ def plan(
         "BLOCK_D": width,
         "BLOCK_DV": v_width,
         "CORES": block.cores,
-        "AT_ONCE": min(block.splits, max(1, JOINED // (group * v_width))),
+        "AT_ONCE": min(block.splits, max(1, JOINED * threads // (group * v_width))),
         "STAGES": block.stages,
     }
     grid = (batch * kv_heads * block.splits, 1)
