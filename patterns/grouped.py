@@ -106,7 +106,9 @@ class Groups:
             return site
         kind = decode_attention.KIND
         if reason := gate(kind, q, site.rows, record):
-            self.left.append(Left(kind, reason, node.name, location(node)))
+            # Nobody would look for the stage on a CPU.
+            if q.device.type != "cpu":
+                self.left.append(Left(kind, reason, node.name, location(node)))
             return site
         mask, scale = given.get("attn_mask"), given.get("scale")
         return dataclasses.replace(site, record=record, kind=kind, mask=mask, scale=scale)

@@ -10,7 +10,7 @@ import torch
 
 from fxfuse import passes
 from fxfuse.lowering import gate
-from fxfuse.patterns.record import GroupedHeads
+from fxfuse.patterns.record import DecodeAttention, GroupedHeads
 from fxfuse.settings import Settings
 from tests.norm_toys import Residual, compiled, pre_norm
 from tests.spellings import rsqrt
@@ -68,6 +68,19 @@ def test_grouped_heads_are_given_where_they_were_measured() -> None:
         assert not fused("cuda", rows, has_mask, dtype)
     assert not fused("cuda", 1, True, "bfloat16", "gfx942")
     assert fused("cpu", None, False, "float32") and not fused("xpu", 1, True, "bfloat16")
+
+
+def test_attention_with_one_query_is_taken_where_it_was_measured() -> None:
+    def fused(target: str = "cuda", rows: int | None = 1, arch: str = "sm_90", **how: Any) -> bool:
+        given = {"slots": 1024, "mask": "bool", "dtype": "bfloat16"} | how
+        record = DecodeAttention(16, 8, 128, 128, **given)
+        return gate.decide(target, "decode_attention", gate.Facts(rows, record, arch)).fuse
+
+    assert fused() and fused(rows=16) and fused(slots=4096) and fused(mask="bfloat16")
+    assert not fused(rows=17) and not fused(rows=None) and not fused(slots=4097)
+    assert not fused(mask="") and not fused(dtype="float32") and not fused(dtype="float16")
+    assert not fused(arch="gfx942") and not fused(arch="sm_100")
+    assert not fused(target="cpu", arch="") and not fused(target="xpu", arch="")
 
 
 def test_entries_by_rows_fit_known_numbers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
