@@ -68,6 +68,7 @@ class Recipe:
 
     gate   of the fxfuse that runs it: "always" where by itself it would leave the chain to Inductor
     first  stages in front of the norm
+    alone  those in their place for one token
     """
 
     shapes: tuple[Shape, ...]
@@ -78,6 +79,7 @@ class Recipe:
     draw: Callable[[Case, str, torch.Generator], Inputs]
     gate: Gate = "auto"
     first: tuple[str, ...] = ()
+    alone: tuple[str, ...] = ()
 
 
 def _normal(device: str, generator: torch.Generator) -> Callable[..., Tensor]:
@@ -273,6 +275,7 @@ RECIPES = {
         draw=_draw_repeated,
         gate="always",
         first=("grouped_heads",),
+        alone=("decode_attention",),
     ),
 }
 CPU_TOKENS = (1, 64, 1024)
@@ -290,16 +293,17 @@ def cases(
             continue
         usual = (shape.tokens or entry.tokens) if device == "cuda" else CPU_TOKENS
         for t in tokens or usual:
-            found.append(Case(recipe, shape, t, layout, _stages(shape, entry)))
+            found.append(Case(recipe, shape, t, layout, _stages(shape, entry, t)))
     return found
 
 
-def _stages(shape: Shape, entry: Recipe) -> str:
+def _stages(shape: Shape, entry: Recipe, tokens: int) -> str:
     """The stages that a report names where the whole chain is fused."""
     norm = {"rms": ["rms_norm"], "gemma": ["rms_norm(1+w)"]}.get(shape.norm or "", [])
     rope = "rope(by position)" if shape.rotation in chains.LOOKED_UP else "rope"
     turn = [rope] if shape.rotation else []
-    return " + ".join([*entry.first, *norm, *turn, *(["store(k,v)"] if entry.store else [])])
+    first = (entry.alone if tokens == 1 else ()) or entry.first
+    return " + ".join([*first, *norm, *turn, *(["store(k,v)"] if entry.store else [])])
 
 
 @functools.lru_cache(maxsize=2)
