@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from fxfuse import reference
+from fxfuse.lowering.arch import arch_of
 from fxfuse.lowering.launch import Launch, power_above
 from fxfuse.lowering.operand import Operand
 from fxfuse.lowering.providers import Box, Facts, arguments
@@ -23,10 +24,12 @@ CORE = 16
 # Slots of a mask, and elements of parts, that a thread reads at once.
 SCANNED = 32
 JOINED = 64
-# Programs that fill a GPU a few times over; beyond, the slots of a head are not shared out.
+# Programs that fill a GPU, of one wave or two.
 PROGRAMS = 256
-# Bytes of k and v on their way at once, of the 64 KiB that a program has on every target.
-STAGED_BYTES = 2**16
+# Slots of a program that takes all of them at once.
+WHOLE = 64
+# Bytes of k and v that a program holds at once: what AMD's local memory has room for, and others'.
+SMALL_ROOM, ROOM = 2**16, 2**17
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_CHANNELS = 512
 MAX_GROUP = 64
@@ -46,12 +49,22 @@ class Block:
     cores: bool = True
 
 
-def block_for(rows: int, row_bytes: int) -> Block:
-    """The launch table: of B * G heads of k in all, each slot so many bytes of k and v."""
-    splits = 1 if 2 * rows > PROGRAMS else power_above(-(-PROGRAMS // rows))
-    stages = 2
-    slots = max(CORE, min(64, STAGED_BYTES // (stages * row_bytes)))
-    return Block(1 << (slots.bit_length() - 1), 4, stages, min(splits, 64))
+def room(target: str) -> int:
+    return SMALL_ROOM if target.startswith("gfx") else ROOM
+
+
+def block_for(rows: int, slots: int, row_bytes: int, target: str = "") -> Block:
+    """The launch table, measured on an H200 (bfloat16, 64 to 256 channels, 512 to 16,384 slots):
+    of B * G heads of k in all, each of so many slots, each slot so many bytes of k and v.
+    """
+    splits = max(1, PROGRAMS // power_above(rows))
+    splits = min(splits, power_above(-(-slots // WHOLE)))
+    at_once = max(CORE, min(WHOLE, SMALL_ROOM // row_bytes))
+    whole = Block(1 << (at_once.bit_length() - 1), 4, 1, splits)
+    several = Block(128, 4, 2, splits)
+    if slots <= WHOLE * splits or several.slots * several.stages * row_bytes > room(target):
+        return whole
+    return several
 
 
 def sizes(operands: Mapping[str, Operand | None]) -> tuple[int, int, int, int, int, int]:
@@ -70,10 +83,10 @@ def workspace(operands: Mapping[str, Operand | None], block: Block) -> tuple[tup
     return (programs, group, channels), (programs, 2, group)
 
 
-def chosen(operands: Mapping[str, Operand | None], dtype: torch.dtype) -> Block:
+def chosen(operands: Mapping[str, Operand | None], dtype: torch.dtype, target: str = "") -> Block:
     """The launch table's entry."""
-    batch, _, kv_heads, _, channels, v_channels = sizes(operands)
-    return block_for(batch * kv_heads, (channels + v_channels) * dtype.itemsize)
+    batch, _, kv_heads, slots, channels, v_channels = sizes(operands)
+    return block_for(batch * kv_heads, slots, (channels + v_channels) * dtype.itemsize, target)
 
 
 def plan(
@@ -167,7 +180,7 @@ def lower(name: str, args: tuple[Any, ...], record: DecodeAttention) -> Box:
     if batch == 0:
         return out
     operands["out"] = inductor.operand(out)
-    block = chosen(operands, q.get_dtype())
+    block = chosen(operands, q.get_dtype(), arch_of(q.get_device()))
     for place, shape in zip(("parts", "stats"), workspace(operands, block), strict=False):
         operands[place] = inductor.operand(inductor.empty(q, shape, torch.float32))
         operands["counters"] = inductor.operand(inductor.counters(q))
@@ -188,13 +201,16 @@ def loops(name: str, args: tuple[Any, ...], record: DecodeAttention) -> Box:
 
 
 def on_tensors(
-    given: Mapping[str, torch.Tensor], scale: float | None, block: Block | None = None
+    given: Mapping[str, torch.Tensor],
+    scale: float | None,
+    block: Block | None = None,
+    target: str = "",
 ) -> tuple[Launch, torch.Tensor, torch.Tensor]:
     """The launch on tensors as they are, its result, and its counters."""
     operands: dict[str, Operand | None] = {n: _operand(x) for n, x in given.items()}
-    block = block or chosen(operands, given["q"].dtype)
-    batch, heads, *_, channels = sizes(operands)
     q = given["q"]
+    block = block or chosen(operands, q.dtype, target or arch_of(q.device))
+    batch, heads, *_, channels = sizes(operands)
     made = {"out": q.new_empty((batch, heads, 1, channels))}
     for name, shape in zip(("parts", "stats"), workspace(operands, block), strict=False):
         made[name] = q.new_empty(shape, dtype=torch.float32)
