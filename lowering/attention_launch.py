@@ -207,7 +207,7 @@ def on_tensors(
     target: str = "",
 ) -> tuple[Launch, torch.Tensor, torch.Tensor]:
     """The launch on tensors as they are, its result, and its counters."""
-    operands: dict[str, Operand | None] = {n: _operand(x) for n, x in given.items()}
+    operands: dict[str, Operand | None] = {n: Operand.of(x) for n, x in given.items()}
     q = given["q"]
     block = block or chosen(operands, q.dtype, target or arch_of(q.device))
     batch, heads, *_, channels = sizes(operands)
@@ -218,13 +218,9 @@ def on_tensors(
         made["counters"] = q.new_zeros(batch * heads, dtype=torch.int32)
     else:
         made["counters"] = q.new_empty(0, dtype=torch.int32)
-    operands |= {n: _operand(x) for n, x in made.items()}
+    operands |= {n: Operand.of(x) for n, x in made.items()}
     is_boolean = "mask" in given and given["mask"].dtype == torch.bool
     return plan(operands, is_boolean, scale, block), made["out"], made["counters"]
-
-
-def _operand(x: torch.Tensor) -> Operand:
-    return Operand(x, tuple(x.shape), x.stride())
 
 
 def _needed(operands: Mapping[str, Operand | None], name: str) -> Operand:
