@@ -205,7 +205,7 @@ def decoded(name: str, gate: str = "always", **config: Any) -> fxfuse.Report:
     return report
 
 
-@pytest.mark.parametrize("name", ["qwen3", "llama", "gemma3"])
+@pytest.mark.parametrize("name", ["qwen3", "llama", pytest.param("gemma3", marks=pytest.mark.long)])
 def test_each_layer_of_a_model_decodes_by_it(name: str) -> None:
     report = decoded(name)
     found = [f.record for f in report.fused if f.kind == "decode_attention"]
@@ -219,11 +219,13 @@ def test_sliding_windows_that_are_full() -> None:
     assert sorted(r.slots for r in found) == [4, SLOTS]
 
 
+@pytest.mark.long
 def test_attention_with_sinks_is_not_taken() -> None:
     report = decoded("gpt_oss")
     assert "decode_attention" not in kinds(report) and told(report) == []
 
 
+@pytest.mark.long
 def test_two_models_have_graphs_of_their_own() -> None:
     for name in ("qwen3", "llama"):
         assert kinds(decoded(name)).count("decode_attention") == FAMILIES[name].rotary
