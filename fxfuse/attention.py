@@ -19,7 +19,8 @@ def decode_attention(
 
     Shapes: q [B, H, 1, D], k [B, G, S, D], v [B, G, S, Dv]; mask broadcasts to [B, H, 1, S]: True,
         or more than -inf, where a slot is attended; scale 1 / sqrt(D) where None; result
-        [B, H, 1, Dv], 0 for a row that attends nothing.
+        [B, H, 1, Dv], 0 for a row that attends nothing (as torch's own definition has it, of
+        whose kernels on a GPU one gives the mean of v).
     Layout: inputs any strides; the result dense.
     Dtypes: q, k and v of one floating dtype, which is the result's; a mask boolean or floating.
     Rounding: float32 (float64 for float64 inputs) inside, one rounding at the end; where a kernel

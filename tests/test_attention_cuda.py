@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fxfuse
 from fxfuse.lowering import attention_launch, direct, providers
@@ -70,10 +71,13 @@ def test_no_worse_than_torchs(name: str) -> None:
 
 
 @pytest.mark.parametrize("is_boolean", [True, False])
-def test_a_row_that_attends_nothing_is_torchs(is_boolean: bool) -> None:
+def test_a_row_that_attends_nothing_is_that_of_torchs_definition(is_boolean: bool) -> None:
+    """torch's fused kernels disagree: one of them gives the mean of v where the mask is boolean."""
     given = tensors(Shape(4, 2, 64, 256, "nothing", is_boolean), torch.bfloat16, "cuda")
     got = torch.ops.fxfuse.decode_attention(*arguments(given))
-    assert torch.equal(got, torch.zeros_like(got)) and torch.equal(torchs(given), got)
+    with sdpa_kernel(SDPBackend.MATH):
+        wanted = torchs(given)
+    assert torch.equal(got, torch.zeros_like(got)) and torch.equal(got, wanted)
 
 
 def test_what_is_not_attended_is_not_read() -> None:
