@@ -12,6 +12,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fxfuse.patterns.held import held
 from fxfuse.patterns.plan import Plan
 from fxfuse.patterns.record import DecodeAttention
 from fxfuse.patterns.site import (
@@ -141,7 +142,7 @@ class _Editor:
             args = (*operands, *extras, *eps, text)
             return self._add(torch.ops.fxfuse.norm_rope.default, args, anchor)
         caches = [
-            self._holder(store.cache) if store is not None else None
+            self._cache(store.cache, anchor) if store is not None else None
             for store in (site.k_store, site.v_store)
         ]
         first, second = (*site.slots, None)[:2]
@@ -185,6 +186,10 @@ class _Editor:
 
     def _holder(self, slot: Slot) -> fx.Node:
         return self.nodes[self.holder[slot]]
+
+    def _cache(self, cache: Slot, anchor: fx.Node) -> fx.Node:
+        whole, steps = held(cache, self.holder)
+        return self._stepped(self._holder(whole), steps, anchor)
 
     def _operand(self, access: Access, anchor: fx.Node) -> fx.Node:
         return self._stepped(self._holder(access.leaf.slot), access.steps, anchor)

@@ -7,6 +7,7 @@ from torch import fx
 
 from fxfuse.patterns.access import Refused
 from fxfuse.patterns.frontier import Uses
+from fxfuse.patterns.held import held
 from fxfuse.patterns.read import Reading
 from fxfuse.patterns.site import Access, Decoded, StoreWrite
 from fxfuse.slots import Scalar, Slot
@@ -102,5 +103,6 @@ class Memory:
         for node in self.touches.get(store.cache.storage, ()):
             if node not in own and start < self.index[node] < end:
                 raise Refused(f"{node.name} touches the cache between its store and the fused op")
-        if store.cache not in holder or self.index[holder[store.cache]] >= end:
+        whole, steps = held(store.cache, holder)
+        if self.index[holder[whole]] >= end or (steps and store.call.node.users):
             raise Refused("the cache is not at hand")
