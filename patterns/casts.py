@@ -25,6 +25,7 @@ FORMATS = {
     for name in ("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz")
     if hasattr(torch, name)
 }
+EIGHT_BITS = (*FORMATS, torch.uint8)
 ROUNDED = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -35,8 +36,7 @@ def cast_of(reading: Reading, store: StoreWrite) -> StoreWrite:
     if store.axes:
         return store
     slot = store.value
-    is_bits = slot.dtype == torch.uint8
-    if slot.dtype not in FORMATS and not is_bits:
+    if slot.dtype not in EIGHT_BITS:
         if slot.dtype != store.cache.dtype:
             raise Refused(f"a cache of {store.cache.dtype} for rows of {slot.dtype}")
         return store

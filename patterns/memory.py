@@ -103,6 +103,7 @@ class Memory:
         for node in self.touches.get(store.cache.storage, ()):
             if node not in own and start < self.index[node] < end:
                 raise Refused(f"{node.name} touches the cache between its store and the fused op")
-        whole, steps = held(store.cache, holder)
-        if self.index[holder[whole]] >= end or (steps and store.call.node.users):
+        whole, _ = held(store.cache, holder)
+        is_read = store.call.node.users and store.call.writes[0] not in holder
+        if self.index[holder[whole]] >= end or is_read:
             raise Refused("the cache is not at hand")

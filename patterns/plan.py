@@ -156,8 +156,9 @@ class _Planner:
     def _stored(
         self, q: Decoded, k: Decoded | None, k_store: StoreWrite, v_store: StoreWrite | None
     ) -> Site | None:
-        """The site with its stores, with k's alone where v's cannot join."""
-        for v in dict.fromkeys((v_store, None)):
+        """The site with its stores, with k's alone where v's cannot join and is another call."""
+        both = v_store is not None and v_store.call is k_store.call
+        for v in dict.fromkeys((v_store,) if both else (v_store, None)):
             try:
                 return self._place(q, k, k_store, v)
             except Refused as reason:
@@ -231,7 +232,7 @@ class _Planner:
         return dataclasses.replace(decoded, stream=dataclasses.replace(decoded.stream, keep=keep))
 
     def _is_read_beside(self, slot: Slot, store: StoreWrite) -> bool:
-        consumers, _ = self._consumers(slot, store.through)
+        consumers, _ = self._consumers(slot, store.handed_on)
         return any(node is not store.call.node for node in consumers)
 
     def _consumers(
@@ -277,7 +278,7 @@ class _Planner:
         ).next
         index = self.memory.index
         own = {s.call.node for s in stores}
-        through = {call for s in stores for call in s.through}
+        through = {call for s in stores for call in s.handed_on}
         consumers, views = [], []
         for decoded in results:
             more, seen = self._consumers(decoded.slot, through)
@@ -319,11 +320,12 @@ class _Planner:
         this graph is none, nor is what is written over the stream's own source.
         """
         source = decoded.x.leaf.slot
-        uncast = self.stores.uncast.get(decoded.slot, ())
-        for call in dict.fromkeys([*self._final_consumers(decoded.slot), *uncast]):
+        behind = self.stores.behind.get(decoded.slot, ())
+        for call in dict.fromkeys([*self._final_consumers(decoded.slot), *behind]):
             reason = self.stores.reasons.get(call) or self.stores.refused.get(call)
             if call.op == aten.cat.default:
                 grows = any(self.stores.origin(slot).call is None for slot in call.inputs())
+                grows = grows and call not in self.stores.joints
                 reason = "a cache that grows by cat is made anew, not written to" if grows else None
             elif reason is None and any(w.storage != source.storage for w in call.writes):
                 reason = f"{call.op} is no cache write that is known"

@@ -124,6 +124,8 @@ class StoreWrite:
               with the tensor it did it to, and `scale` their scale tensor and its reader
     axes      the letters of the cache's axes where an op's contract says them: the value is
               [T, G, D] then
+    joint     the call that joined the value with another one, where this is one of two writes that
+              the graph does as one
     """
 
     call: Call
@@ -138,6 +140,12 @@ class StoreWrite:
     through: Mapping[Call, Slot] = dataclasses.field(default_factory=dict)
     scale: tuple[Slot, Call] | None = None
     axes: str = ""
+    joint: Call | None = None
+
+    @property
+    def handed_on(self) -> frozenset[Call]:
+        """The calls between rows and cache that are the write's own; they count as views."""
+        return frozenset(self.through) | ({self.joint} if self.joint is not None else frozenset())
 
     @property
     def roots(self) -> tuple[Slot, ...]:

@@ -6,8 +6,10 @@ from collections.abc import Iterable, Mapping
 from fxfuse.patterns.access import Refused
 from fxfuse.patterns.cut import NOTHING
 from fxfuse.patterns.disjoint import are_disjoint
+from fxfuse.patterns.held import VIEWS
+from fxfuse.patterns.parted import JOINTS, parted
 from fxfuse.patterns.placing import Placed, placed, scale_access, slots_access, stored_copy
-from fxfuse.patterns.read import Reading
+from fxfuse.patterns.read import PROJECTIONS, Reading
 from fxfuse.patterns.record import Layout, Store
 from fxfuse.patterns.site import Access, Decoded, StoreWrite
 from fxfuse.slots import Call, Slot
@@ -42,20 +44,42 @@ class Stores:
         self.reading = reading
         self.ends = {d.slot for d in streams}
         self.reasons: dict[Call, str] = {}
-        self.refused, self.writes = refused, found
-        self.uncast: dict[Slot, list[Call]] = {}
+        self.refused = refused
+        self.writes = [
+            part
+            for store in found
+            for part in ([store] if store.value in self.ends else parted(reading, store))
+        ]
+        self.joints = {store.joint for store in self.writes}
+        self.behind: dict[Slot, list[Call]] = {}
         self.stored_from: dict[Slot, list[StoreWrite]] = {}
         for call in refused:
-            for end in {self._first_input(x) for x in call.inputs()} & self.ends:
-                self.uncast.setdefault(end, []).append(call)
-        for store in found:
-            self.stored_from.setdefault(self.origin(store.value, store.through), []).append(store)
+            for slot in call.inputs():
+                self._note(call, slot)
+        for store in self.writes:
+            origin = self.origin(store.value, store.through)
+            self.stored_from.setdefault(origin, []).append(store)
+            if (store.joint or origin not in self.ends) and self._note(store.call, origin):
+                made = f"stored rows that {origin.call.op} makes" if origin.call else "stored rows"
+                self.reasons.setdefault(store.call, f"{made} of the rotated ones")
 
-    def _first_input(self, slot: Slot) -> Slot:
-        """The stream's end that a value is computed from, whatever stands between."""
-        while slot not in self.ends and slot.call is not None and slot.call.inputs():
-            slot = slot.call.inputs()[0]
-        return slot
+    def _note(self, call: Call, value: Slot) -> bool:
+        """Note a write behind the streams' ends that a value is computed of by row, whatever stands
+        between; whether there are any.
+        """
+        ends, seen, waiting = set(), set(), [value]
+        while waiting:
+            slot = waiting.pop()
+            made = slot.call
+            if slot in self.ends:
+                ends.add(slot)
+            elif made is not None and made not in seen and made.op not in PROJECTIONS:
+                seen.add(made)
+                waiting += made.inputs() if made.op in JOINTS else made.inputs()[:1]
+        for end in ends:
+            self.behind.setdefault(end, []).append(call)
+        self.joints |= {made for made in seen if made.op in JOINTS}
+        return bool(ends)
 
     def origin(self, slot: Slot, through: Mapping[Call, Slot] = NOTHING) -> Slot:
         """The stream's end, or the tensor, that views make a slot of; see `cut.seen_from`."""
@@ -125,7 +149,8 @@ class Stores:
 
     def _whole(self, slot: Slot) -> Slot:
         """The tensor that a slot is a view of, or the slot itself."""
-        while slot.call is not None and self.reading.relations.get(slot.call) == "view":
+        view = self.reading.relations
+        while slot.call is not None and (view.get(slot.call) == "view" or slot.call.op in VIEWS):
             slot = slot.call.inputs()[0]
         return slot
 
