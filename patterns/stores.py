@@ -91,6 +91,9 @@ def indexed_write(
     axis = {d: i - lead if i >= lead else None for i, d in enumerate(order)}
     tokens = tuple(i - lead for i, d in enumerate(order) if d is None and i >= lead)
     read = [_resolved(call, indices[d]) for d in dims]
+    if negative == "invalid" and any(index.modulus for index in read):
+        # No index is below 0, but the slots that it is made of may be.
+        negative = "wrap"
     places = [dims.index(d) if d in indices else axis[d] for d in range(len(cache.shape))]
     return StoreWrite(
         call, cache, value, tuple(places), frozenset(dims), tokens, tuple(read), negative

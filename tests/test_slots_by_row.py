@@ -58,6 +58,11 @@ def index_copy(cache: Tensor, slots: Tensor, rows: Tensor) -> None:
     cache.index_copy_(0, slots.view(-1), rows.reshape(-1, G, D))
 
 
+def index_copy_of_a_remainder(cache: Tensor, slots: Tensor, rows: Tensor) -> None:
+    """No index is below 0, though slots are."""
+    cache.index_copy_(0, slots.view(-1) % (N * P), rows.reshape(-1, G, D))
+
+
 def flattened_pages(cache: Tensor, slots: Tensor, rows: Tensor) -> None:
     cache[slots.reshape(-1) // P, (slots % P).reshape(-1)] = rows.flatten(0, 1)
 
@@ -71,6 +76,7 @@ WRITES: dict[str, tuple[Write, tuple[int, ...], str]] = {
     "heads first": (pages_behind_heads, (N, G, P, D), "0h1d"),
     "both flattened": (both_flattened, FLAT, "0hd"),
     "index_copy_": (index_copy, FLAT, "0hd"),
+    "index_copy_ of a remainder": (index_copy_of_a_remainder, FLAT, "0hd"),
     "flattened pages": (flattened_pages, PAGES, "01hd"),
 }
 
