@@ -34,9 +34,9 @@ class Norm(AddNorm):
         return rms_norm(x, self.weight, self.shape.eps)
 
 
-def _chain(recipe: str) -> Callable[[str], Site]:
+def _chain(recipe: str, tokens: int = TOKENS) -> Callable[[str], Site]:
     def made(device: str) -> Site:
-        case = recipes.cases(recipe, device, [TOKENS])[0]
+        case = recipes.cases(recipe, device, [tokens])[0]
         shape = dataclasses.replace(case.shape, heads=HEADS, kv_heads=KV_HEADS, hidden=HIDDEN)
         case = dataclasses.replace(case, shape=shape)
         return recipes.chain(case, device), recipes.draw(case, device, 0)
@@ -58,6 +58,7 @@ SITES: dict[str, tuple[Callable[[str], Site], ...]] = {
     "norm_rope": (_chain("qk_norm"),),
     "project_norm_rope_store_": (_chain("projection"),),
     "add_rms_norm": (_chain("add_norm"), _norm),
+    "decode_attention": (_chain("grouped_heads", tokens=1),),
 }
 
 
