@@ -13,6 +13,7 @@ from torch import fx
 
 from fxfuse.checkpointed import checkpointed, with_bodies
 from fxfuse.functional import without_own_writes
+from fxfuse.implied import guarded
 from fxfuse.lens import look
 from fxfuse.lowering import gate
 from fxfuse.lowering.arch import arch_of
@@ -89,6 +90,8 @@ def _fuse(
     given = gm
     with _timed(report, "lens"):
         view = look(gm)
+        if "store" not in settings.disable and not training and guarded(gm, view):
+            view = look(gm)
         if not training and (functional := without_own_writes(gm, view)) is not None:
             gm, view = functional, look(functional)
     with _timed(report, "read"):

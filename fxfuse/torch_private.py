@@ -89,6 +89,24 @@ def symint_of(node: fx.Node, expression: Any) -> Any:
     return shape_env.create_symintnode(expression, hint=None)
 
 
+def are_guarded(gm: fx.GraphModule) -> bool:
+    """Whether Dynamo compiles a graph now: guards on its sizes are checked before each run."""
+    context = torch._guards.TracingContext.try_get()
+    mode = context.fake_mode if context is not None else None
+    return mode is not None and mode.shape_env is fake_mode_of(gm).shape_env is not None
+
+
+def guard_equal(node: fx.Node, size: Any, other: Any) -> bool:
+    """Guard that two sizes are equal, where they are in this run and the other one is never 1;
+    whether they are now known to be.
+    """
+    a, b = symint_of(node, size), symint_of(node, other)
+    seen = [x.node.hint if x.node.has_hint() else None for x in (a, b)]
+    if None in seen or seen[0] != seen[1] or b.node.shape_env.bound_sympy(other).lower < 2:
+        return False
+    return bool(a == b)
+
+
 def storage_key(t: torch.Tensor) -> int:
     """Equal for two tensors exactly when they share a storage (while both live)."""
     while torch._C._functorch.is_functorch_wrapped_tensor(t):

@@ -111,6 +111,12 @@ ADVICE = (
         "write the quantisation in that order, for k and v alike",
     ),
     Advice(
+        ("may not be equal",),
+        "as many slots as rows, known before the run: by one number, or by one symbol from 2 on",
+        "mark the rows and the slots alike by torch._dynamo.mark_dynamic, or give both one Dim of "
+        "torch.export",
+    ),
+    Advice(
         ("slots", "indices", "index_put_"),
         "one tensor of integers that says each token's slot, the same for k and v",
         "write k and v by the same kind of call with the same slots",

@@ -15,7 +15,7 @@ from fxfuse.patterns.casts import EIGHT_BITS, cast_of
 from fxfuse.patterns.parted import parted
 from fxfuse.patterns.read import Reading
 from fxfuse.patterns.site import CacheIndex, StoreWrite
-from fxfuse.patterns.value import product
+from fxfuse.patterns.value import Size, product
 from fxfuse.slots import Call, Slot
 
 aten = torch.ops.aten
@@ -79,14 +79,16 @@ def indexed_write(
             )
     if len({slots.shape for slots in indices.values()}) > 1:
         raise Refused("indices of different shapes")
-    sizes = indices[dims[0]].shape
-    free = [d for d in range(len(cache.shape)) if d not in indices]
-    at = dims[0] if dims[-1] - dims[0] < len(dims) else 0
-    order: list[int | None] = [*free[:at], *[None] * len(sizes), *free[at:]]
-    wanted = [*(cache.shape[d] for d in free[:at]), *sizes, *(cache.shape[d] for d in free[at:])]
+    order, wanted = rows_shape(cache, indices)
     lead = len(wanted) - len(value.shape)
     found = [1] * lead + list(value.shape[max(-lead, 0) :])
     if found != wanted or any(s != 1 for s in value.shape[: max(-lead, 0)]) or not value.shape:
+        if lead == 0 and all(
+            a == b or not isinstance(a, int) for a, b in zip(wanted, found, strict=True)
+        ):
+            raise Refused(
+                f"rows of shape {found} where the cache takes {wanted}, which may not be equal"
+            )
         raise Refused(f"rows of shape {list(value.shape)} where the cache takes {wanted}")
     axis = {d: i - lead if i >= lead else None for i, d in enumerate(order)}
     tokens = tuple(i - lead for i, d in enumerate(order) if d is None and i >= lead)
@@ -98,6 +100,19 @@ def indexed_write(
     return StoreWrite(
         call, cache, value, tuple(places), frozenset(dims), tokens, tuple(read), negative
     )
+
+
+def rows_shape(cache: Slot, indices: dict[int, Slot]) -> tuple[list[int | None], list[Size]]:
+    """For each axis of the rows at some indices of one shape the cache's axis, None for those of
+    the indices; and their sizes.
+    """
+    dims = sorted(indices)
+    sizes = indices[dims[0]].shape
+    free = [d for d in range(len(cache.shape)) if d not in indices]
+    at = dims[0] if dims[-1] - dims[0] < len(dims) else 0
+    order: list[int | None] = [*free[:at], *[None] * len(sizes), *free[at:]]
+    wanted = [*(cache.shape[d] for d in free[:at]), *sizes, *(cache.shape[d] for d in free[at:])]
+    return order, wanted
 
 
 # What gives a tensor of batch rows and tokens one axis for both.
