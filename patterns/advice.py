@@ -117,7 +117,7 @@ ADVICE = (
         "torch.export",
     ),
     Advice(
-        ("slots", "indices", "index_put_"),
+        ("slots", "indices", "^an index_put_"),
         "one tensor of integers that says each token's slot, the same for k and v",
         "write k and v by the same kind of call with the same slots",
     ),

@@ -20,9 +20,16 @@ from torch import Tensor
 
 import fxfuse
 from fxfuse.patterns.site import Refusal
-from tests import test_memory, test_refusals, test_refused_norms
+from tests import (
+    test_joined_rows,
+    test_memory,
+    test_refusals,
+    test_refused_norms,
+    test_subscripts,
+)
 from tests.spellings import Rope, halves, narrow
-from tests.toys import Attention, Layer, T, attend, caches, hidden_states
+from tests.test_flat import Rotated, draw
+from tests.toys import Attention, D, G, Layer, T, attend, caches, hidden_states
 
 FILE = Path(__file__).parents[1] / "docs" / "refusals.md"
 HEAD = """# Refusals
@@ -60,6 +67,18 @@ def _stored(title: str, write: Any) -> Example:
     return Example(title, write, lambda: Layer(finish), lambda: (hidden_states(T), *caches()))
 
 
+def _in_one_buffer(title: str, write: Any, *shape: int) -> Example:
+    def finish(q: Tensor, k: Tensor, v: Tensor, kv: Tensor, slots: Tensor) -> Tensor:
+        write(kv, slots, k, v)
+        return q
+
+    def inputs() -> tuple[Tensor, ...]:
+        rows = [draw(5, heads, D, seed=heads) for heads in (4, G, G)]
+        return *rows, torch.arange(5), torch.zeros(*shape, D), torch.arange(5)
+
+    return Example(title, write, lambda: Rotated(finish), inputs)
+
+
 EXAMPLES = (
     _turn("A channel that is turned with no other", test_refusals.no_partner),
     _turn("Signs that make no rotation", test_refusals.both_signs_plus),
@@ -86,6 +105,15 @@ EXAMPLES = (
     ),
     _stored("Slots below 0 that mean something else for v", test_refusals.by_index_put),
     _stored("Values that are changed before they are stored", test_refusals.squashed),
+    _in_one_buffer(
+        "k and v in one write, of which one is changed", test_joined_rows.v_changed, 2, 24, G
+    ),
+    _in_one_buffer(
+        "Every other head of a buffer, in one subscript",
+        test_subscripts.every_other_head,
+        24,
+        2 * G,
+    ),
 )
 
 
