@@ -242,8 +242,8 @@ def test_a_head_whose_rest_is_joined_to_it_is_one_stream() -> None:
         kv[1, slots] = v
 
     class Partial(Rotated):
-        def forward(self, q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> Any:  # type: ignore[override]
-            positions, kv, slots = rest
+        def forward(self, *given: Tensor) -> Any:  # type: ignore[override]
+            q, k, v, positions, kv, slots = given
             half, more = k.chunk(2, -1)
             cos, sin = self.table[positions].unsqueeze(-2).chunk(2, -1)
             cos, sin = cos[..., : D // 2], sin[..., : D // 2]
