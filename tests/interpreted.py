@@ -11,14 +11,13 @@ from typing import Any
 import pytest
 
 
-def interpreted(file: str) -> subprocess.CompletedProcess[str]:
+def interpreted(file: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """The run of a file; its output says "done" where it came to its end."""
     pytest.importorskip("triton")
     root = Path(__file__).parents[1]
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(root)}
-    return subprocess.run(
-        [sys.executable, file], env=environment, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, file, *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
 def launching() -> list[str]:

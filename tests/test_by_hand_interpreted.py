@@ -98,6 +98,7 @@ def main() -> None:
     print("done")
 
 
+@pytest.mark.long
 def test_the_launch_of_eager_code_in_the_interpreter() -> None:
     done = interpreted(__file__)
     assert done.returncode == 0 and done.stdout.endswith("done\n"), done.stdout + done.stderr

@@ -274,6 +274,7 @@ def main() -> None:
 
 
 @pytest.mark.aot
+@pytest.mark.long
 def test_the_kernel_stores_to_both_parts() -> None:
     done = interpreted(__file__)
     assert done.returncode == 0 and done.stdout.endswith("done\n"), done.stdout + done.stderr

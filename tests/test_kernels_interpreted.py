@@ -6,6 +6,8 @@ file, run as a program.
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
@@ -73,10 +75,8 @@ def without_neighbours(case: Operands) -> Operands:
     return case
 
 
-def main() -> None:
-    for name in SITES:
-        check(without_neighbours(operands(name)))
-        print(name, "ok", flush=True)
+def sizes() -> None:
+    """Head sizes that are no power of two, many heads, many tokens."""
     for channels in HEAD_SIZES:
         for rope in (halves, neighbours):
             turn = rope(channels, channels // 4 * 2)
@@ -94,6 +94,12 @@ def main() -> None:
     # Many tokens: several of them in a program, and a last program that is not full.
     check(operands("mrope, in turns", batch=1, tokens=67, heads=40))
     check(operands("qwen3", batch=1, tokens=67, heads=40, slots=80))
+
+
+def sites() -> None:
+    for name in SITES:
+        check(without_neighbours(operands(name)))
+        print(name, "ok", flush=True)
     # Positions outside the table on one axis: their pairs turn by nothing that is read, the others
     # as ever; the table lies in the middle of NaN.
     case = operands("mrope", tokens=5)
@@ -113,13 +119,17 @@ def main() -> None:
     case.tensors["slots"] = torch.tensor([[4, -1]])
     launched(case)
     assert all((case.tensors[c] == 77.0).all() for c in ("k_cache", "v_cache"))
-    print("done")
 
 
-def test_every_site_in_the_interpreter():
-    done = interpreted(__file__)
+PARTS = {"sites": sites, "sizes": sizes}
+
+
+@pytest.mark.parametrize("part", ["sites", pytest.param("sizes", marks=pytest.mark.long)])
+def test_every_site_in_the_interpreter(part):
+    done = interpreted(__file__, part)
     assert done.returncode == 0 and done.stdout.endswith("done\n"), done.stdout + done.stderr
 
 
 if __name__ == "__main__":
-    main()
+    PARTS[sys.argv[1]]()
+    print("done")

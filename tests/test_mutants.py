@@ -74,7 +74,7 @@ def described(tally: Tally, failed: list[Verdict]) -> str:
 
 
 @pytest.mark.parametrize(
-    "count", [300, pytest.param(5000, marks=pytest.mark.long)], ids="{} mutants".format
+    "count", [200, pytest.param(5000, marks=pytest.mark.long)], ids="{} mutants".format
 )
 def test_mutants_are_right_and_those_that_keep_the_meaning_fuse(
     count: int, record_property: Any

@@ -239,6 +239,7 @@ def main() -> None:
 
 
 @pytest.mark.aot
+@pytest.mark.long
 def test_the_kernel_stores_to_the_same_slots() -> None:
     done = interpreted(__file__)
     assert done.returncode == 0 and done.stdout.endswith("done\n"), done.stdout + done.stderr

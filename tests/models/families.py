@@ -88,7 +88,6 @@ TABLE = [
         rotary=2,
         stored=2,
         sizes={**SLIDING_AND_FULL, "query_pre_attn_scalar": 24, "num_key_value_heads": 1},
-        through_inductor=True,
     ),
     Family(
         "olmo2",

@@ -1,7 +1,7 @@
 """Every family, eager against compiled, with the exact number of sites that must be fused.
 
 The pass and its ops are the same whatever compiles the graph afterwards, so all families run
-through `compiler="aot_eager"`, and two with a static cache through Inductor, whose C++ takes
+through `compiler="aot_eager"`, and one with a static cache through Inductor, whose C++ takes
 half a minute a graph; everything else through Inductor is in `make test-long`.
 """
 
@@ -31,7 +31,7 @@ STEPS = 3
 
 
 def families(*, quick_through_inductor: bool) -> Any:
-    """Each family under both compilers; Inductor is long, but for two where it may be quick."""
+    """Each family under both compilers; Inductor is long, but for one where it may be quick."""
     for name, family in FAMILIES.items():
         yield pytest.param(family, "aot_eager", id=f"{name}-aot_eager", marks=pytest.mark.null)
         quick = quick_through_inductor and family.through_inductor

@@ -43,7 +43,7 @@ def run(model: Any, kv: Any, calls: list[torch.Tensor]) -> list[torch.Tensor]:
     return [model(ids, past_key_values=kv, use_cache=True).logits for ids in calls]
 
 
-@pytest.mark.parametrize("name", ["gemma3", "gpt_oss"])
+@pytest.mark.parametrize("name", ["gemma3", pytest.param("gpt_oss", marks=pytest.mark.long)])
 @pytest.mark.parametrize("calls", CHATS.values(), ids=CHATS.keys())
 def test_every_phase_is_right(name: str, calls: list[torch.Tensor]) -> None:
     model = build(FAMILIES[name], sliding_window=WINDOW)
