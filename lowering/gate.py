@@ -105,7 +105,9 @@ TABLE = (
     Entry("projection", "cuda", Decision(True, _ONE, 1.5), 1, _projected_bfloat16),
     Entry("projection", "cuda", Decision(True, _ONE, 1.6), 16, _projected_bfloat16),
     # On an H200 against torch's attention over grouped heads, 512 to 4,096 slots, all of them
-    # attended: 1.3 to 2.9 with one row, 1.1 to 1.2 with 16; 3.5 to 6 and 4 to 14 where 40 are.
+    # attended: 1.3 to 2.9 with one row, 1.1 to 1.2 with 16; 3.5 to 6 and 4 to 14 where 40 are (the
+    # best of the launch table's candidates). `fxfuse bench grouped_heads` says 2.3 to 3.6 times
+    # Inductor's default, 4.6 to 7.8 with 16.
     Entry("decode_attention", "cuda", Decision(True, _FILLED, 1.7), 1, _decoded_bfloat16),
     Entry("decode_attention", "cuda", Decision(True, _FILLED, 1.15), 16, _decoded_bfloat16),
     # `fxfuse bench grouped_heads` (benchmarks/results): on an H200 512 to 4,096 slots, 1.2 to 3.3

@@ -12,6 +12,7 @@ import fxfuse
 from fxfuse.lowering import attention_launch, direct, providers
 from fxfuse.lowering.attention_launch import Block
 from tests.decode_sites import SHAPES, Shape, arguments, tensors, truth
+from tests.test_projection_cuda import model
 
 pytestmark = [
     pytest.mark.cuda,
@@ -162,18 +163,6 @@ def test_two_streams_have_counters_of_their_own() -> None:
     torch.cuda.synchronize()
     for one, (_, out, counters) in zip(given, plans, strict=True):
         assert not counters.any() and error(out, truth(one)) < 4e-3
-
-
-def model(dtype: torch.dtype):
-    """Four layers of a Qwen3 with grouped heads."""
-    from transformers import AutoModelForCausalLM, Qwen3Config
-
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=512, hidden_size=512, intermediate_size=1024, num_hidden_layers=4,
-        num_attention_heads=8, num_key_value_heads=4, head_dim=64, max_position_embeddings=512,
-    )  # fmt: skip
-    return AutoModelForCausalLM.from_config(config).to("cuda", dtype).eval()
 
 
 def test_greedy_tokens_are_eagers(monkeypatch: pytest.MonkeyPatch) -> None:

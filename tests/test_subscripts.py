@@ -7,7 +7,6 @@ Triton kernel, in its interpreter.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,13 +16,8 @@ from torch import Tensor
 import fxfuse
 from tests.interpreted import interpreted, launching
 from tests.test_flat import ROPE, Rotated, check, draw
+from tests.test_joined_rows import SLOTS, H, N, P, T, Write
 from tests.toys import D, G, assert_like
-
-H, T = 4, 5
-# Pages, and tokens a page.
-N, P = 6, 4
-SLOTS = torch.tensor([17, -3, 8, 0, 22])
-Write = Callable[[Tensor, Tensor, Tensor, Tensor], Any]
 
 
 @pytest.fixture(autouse=True)
