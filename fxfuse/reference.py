@@ -110,6 +110,9 @@ def projected(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor |
 
 def project_norm_rope_store_(
     x: Tensor,
+    residual: Tensor | None,
+    x_weight: Tensor | None,
+    x_eps: float,
     q_proj: Tensor,
     k_proj: Tensor | None,
     v_proj: Tensor | None,
@@ -117,12 +120,19 @@ def project_norm_rope_store_(
     k_proj_bias: Tensor | None,
     v_proj_bias: Tensor | None,
     *behind: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """`norm_rope_store_` of the products of x with the weights."""
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """`norm_rope_store_` of the products of x with the weights, where x may be the norm of
+    x + residual; then that sum, None where it is not kept.
+    """
+    record: Record = behind[-1]
+    total = None
+    if record.front is not None:
+        total, x = add_rms_norm(x, residual, None, x_weight, x_eps, record.front)
+        total = total if record.front.keep_sum else None
     q = projected(x, q_proj, q_proj_bias)
     k, v = projected(x, k_proj, k_proj_bias), projected(x, v_proj, v_proj_bias)
     assert q is not None
-    return norm_rope_store_(q, k, v, *behind)
+    return *norm_rope_store_(q, k, v, *behind), total
 
 
 def by_token(

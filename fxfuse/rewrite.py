@@ -35,10 +35,14 @@ def rewrite(gm: fx.GraphModule, view: View, plan: Plan) -> fx.GraphModule:
     editor = _Editor(graph, view, nodes, fake_mode_of(gm))
     for group in plan.groups:
         editor.group(group)
-    for site in plan.sites:
-        editor.replace(site)
-    for norm in plan.norms:
-        editor.replace_norm(norm)
+    # In the graph's order: one may read the sum or the norm of another.
+    order = {node: i for i, node in enumerate(gm.graph.nodes)}
+    sites: list[NormSite | Site] = [*plan.norms, *plan.sites]
+    for site in sorted(sites, key=lambda s: order[s.before]):
+        if isinstance(site, NormSite):
+            editor.replace_norm(site)
+        else:
+            editor.replace(site)
     editor.erase()
     graph.lint()
     return with_graph(gm, graph)
@@ -59,7 +63,8 @@ class _Editor:
             for slot in call.inputs():
                 self.readers.setdefault(slot, set()).add(nodes[call.node])
         self.dead: list[fx.Node] = []
-        self.sums: dict[Slot, fx.Node] = {}
+        # Sums and norms that an op makes now.
+        self.rows: dict[Slot, fx.Node] = {}
 
     def group(self, site: GroupedSite) -> None:
         """Attention reads k and v as they were before their heads were repeated."""
@@ -103,6 +108,8 @@ class _Editor:
         with graph.inserting_before(self.nodes[site.before]):
             op = self._call(site)
             results = [self._add(operator.getitem, (op, i), anchor) for i in (0, 1)]
+            if site.projection is not None and site.projection.norm is not None:
+                self._replace_sum(site.projection.norm, op, anchor)
             for decoded, result in zip((site.q, site.k), results, strict=False):
                 if decoded is None or not decoded.stream.keep:
                     continue
@@ -157,18 +164,25 @@ class _Editor:
         return self._add(torch.ops.fxfuse.norm_rope_store_.default, args, anchor)
 
     def _projected(self, projection: Projection, anchor: fx.Node) -> tuple[fx.Node | None, ...]:
-        """x, and three weights and biases."""
+        """x and the norm in front, and three weights and biases."""
         weights, biases = (
             [self._operand(a, anchor) if a else None for a in (*accesses, None, None)[:3]]
             for accesses in (projection.weights, projection.biases)
         )
-        return self._operand(projection.x, anchor), *weights, *biases
+        x, residual = (
+            self._operand(a, anchor) if a else None for a in (projection.x, projection.residual)
+        )
+        front: tuple[Any, ...] = (None, 0.0)
+        if projection.norm is not None:
+            normed = projection.norm.normed
+            weight = self._operand(normed.weight, anchor) if normed.weight else None
+            front = (weight, self._number(normed.eps))
+        return x, residual, *front, *weights, *biases
 
     def replace_norm(self, site: NormSite) -> None:
-        """Sums and norms come in the graph's order: one may add to the sum of another."""
         normed = site.normed
         anchor = self.nodes[normed.slot.node]
-        addends = [self.sums.get(a.leaf.slot) or self._operand(a, anchor) for a in site.addends]
+        addends = [self._operand(a, anchor) for a in site.addends]
         with self.graph.inserting_before(self.nodes[site.before]):
             weight = self._operand(normed.weight, anchor) if normed.weight else None
             args = (*(*addends, None, None)[:3], weight, self._number(normed.eps))
@@ -177,15 +191,27 @@ class _Editor:
             )
             for i, slot in enumerate((site.sum, normed.slot)):
                 if slot is not None:
-                    new = self.sums[slot] = self._add(operator.getitem, (op, i), anchor)
-                    # Its own nodes may stand before the op; they go with the old result.
-                    self._substitute(slot, new, {self.nodes[n] for n in site.own})
+                    new = self._add(operator.getitem, (op, i), anchor)
+                    self._replace_row(slot, new, site)
+
+    def _replace_sum(self, site: NormSite, op: fx.Node, anchor: fx.Node) -> None:
+        """The sum of a norm in front of a projection becomes the op's third result."""
+        if site.sum is not None:
+            new = self._add(operator.getitem, (op, 2), anchor)
+            if new.meta["example_value"].shape != site.sum.shape:
+                new = self._add("view", (new, site.sum.shape), anchor)
+            self._replace_row(site.sum, new, site)
+
+    def _replace_row(self, slot: Slot, new: fx.Node, site: NormSite) -> None:
+        self.rows[slot] = new
+        # The op's own nodes may stand before it; they go with the old result.
+        self._substitute(slot, new, {self.nodes[n] for n in site.own})
 
     def _number(self, x: float | Scalar) -> Any:
         return self.nodes[x.node] if isinstance(x, Scalar) else x
 
     def _holder(self, slot: Slot) -> fx.Node:
-        return self.nodes[self.holder[slot]]
+        return self.rows.get(slot) or self.nodes[self.holder[slot]]
 
     def _cache(self, cache: Slot, anchor: fx.Node) -> fx.Node:
         whole, steps = held(cache, self.holder)

@@ -21,12 +21,13 @@ NORM_ROPE_STORE_ = (
     "Tensor? k_cache_scale, Tensor? v_cache_scale, float q_eps, float k_eps, str record) "
     "-> (Tensor, Tensor)"
 )
-# q, k and v made of one x.
+# q, k and v made of one x, or of the norm of x + residual; that sum is the third result.
 PROJECT_NORM_ROPE_STORE_ = NORM_ROPE_STORE_.replace(
     "norm_rope_store_(Tensor q, Tensor? k, Tensor? v, ",
-    "project_norm_rope_store_(Tensor x, Tensor q_proj, Tensor? k_proj, Tensor? v_proj, "
+    "project_norm_rope_store_(Tensor x, Tensor? residual, Tensor? x_weight, float x_eps, "
+    "Tensor q_proj, Tensor? k_proj, Tensor? v_proj, "
     "Tensor? q_proj_bias, Tensor? k_proj_bias, Tensor? v_proj_bias, ",
-)
+).replace("(Tensor, Tensor)", "(Tensor, Tensor, Tensor)")
 ADD_RMS_NORM = (
     "add_rms_norm(Tensor x, Tensor? residual, Tensor? second, Tensor? weight, float eps, "
     "str record) -> (Tensor, Tensor)"

@@ -17,10 +17,12 @@ from fxfuse.lowering.providers import arguments
 from fxfuse.patterns.record import Record, Stream
 
 # Read from anywhere in memory; the others are small and made contiguous.
-CONTIGUOUS = ("q_weight", "k_weight", "q_bias", "k_bias", "x")
+CONTIGUOUS = ("q_weight", "k_weight", "q_bias", "k_bias", "x", "residual", "x_weight")
+
+NUMBERS = ("x_eps", "q_eps", "k_eps", "record")
 
 
-def lower(name: str, args: tuple[Any, ...], record: Record) -> tuple[Any, Any]:
+def lower(name: str, args: tuple[Any, ...], record: Record) -> tuple[Any, ...]:
     """Results of fxfuse::<name> on boxes, by one kernel launch."""
     call = dict(zip(arguments(name), args, strict=True))
     caches = [call[c] for c in ("k_cache", "v_cache") if call.get(c) is not None]
@@ -31,7 +33,7 @@ def lower(name: str, args: tuple[Any, ...], record: Record) -> tuple[Any, Any]:
     length = 0 if call["positions"] is None else inductor.sizes(call["cos"].get_size())[1]
     if not isinstance(length, int):
         return loops.lower(name, args, record)
-    boxes = {n: x for n, x in call.items() if n not in ("q_eps", "k_eps", "record") and x}
+    boxes = {n: x for n, x in call.items() if n not in NUMBERS and x}
     operands: dict[str, Operand | None] = {
         n: inductor.contiguous_operand(x) if n in CONTIGUOUS else inductor.operand(x)
         for n, x in boxes.items()
@@ -43,13 +45,28 @@ def lower(name: str, args: tuple[Any, ...], record: Record) -> tuple[Any, Any]:
         k_out = inductor.empty(like, (0,), like.get_dtype())
     else:
         k_out, operands["k_out"] = _result(like, k, record.k)
+    results = (q_out, k_out, *_sums(call, operands, record))
     if 0 in q[:2]:
-        return q_out, k_out
-    plan = _planned(like, operands, record, (call["q_eps"], call["k_eps"]), inductor.hint(q[1]))
+        return results
+    plan = _planned(call, operands, record, inductor.hint(q[1]))
     if plan is None:
         return loops.lower(name, args, record)
     inductor.launch(with_warps(plan.kernel, plan.warps), plan)
-    return q_out, k_out
+    return results
+
+
+def _sums(
+    call: dict[str, Any], operands: dict[str, Operand | None], record: Record
+) -> tuple[Any, ...]:
+    """The third result of a projection: memory for the sum in front of it, where that is kept."""
+    if not record.projected:
+        return ()
+    x = call["x"]
+    if record.front is None or not record.front.keep_sum:
+        return (inductor.empty(x, (0,), x.get_dtype()),)
+    total = inductor.empty(x, x.get_size(), x.get_dtype())
+    operands["x_sum"] = inductor.operand(total)
+    return (total,)
 
 
 def _sizes(call: dict[str, Any]) -> tuple[Sequence[Any], Sequence[Any] | None]:
@@ -62,13 +79,12 @@ def _sizes(call: dict[str, Any]) -> tuple[Sequence[Any], Sequence[Any] | None]:
 
 
 def _planned(
-    like: Any,
-    operands: dict[str, Operand | None],
-    record: Record,
-    eps: tuple[Any, Any],
-    tokens: int,
+    call: dict[str, Any], operands: dict[str, Operand | None], record: Record, tokens: int
 ) -> launch.Launch | None:
-    """The launch; None where the projection's kernel is asked for other sizes than numbers."""
+    """The launch; None where the projection's kernel is asked for other sizes than numbers, or for
+    factors that could overflow.
+    """
+    like, eps = call["x" if record.projected else "q"], (call["q_eps"], call["k_eps"])
     target = arch_of(like.get_device())
     if not record.projected:
         return launch.plan(record, operands, eps, tokens, target)
@@ -77,10 +93,12 @@ def _planned(
     if not all(isinstance(n, int) for n in sizes) or heads > inductor.COUNTERS:
         return None
     rows = math.prod(like.get_size()[:2])
+    if record.front is not None and rows > 1 and like.get_dtype() == torch.float16:
+        return None
     shape = projection_launch.sums_shape(operands, rows)
     operands["sums"] = inductor.operand(inductor.empty(like, shape, torch.float32))
     operands["counters"] = inductor.operand(inductor.counters(like))
-    return projection_launch.plan(record, operands, eps, target)
+    return projection_launch.plan(record, operands, eps, target, x_eps=call["x_eps"])
 
 
 def _result(like: Any, size: Sequence[Any], stream: Stream) -> tuple[Any, Operand]:

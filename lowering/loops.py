@@ -12,6 +12,7 @@ import torch
 
 from fxfuse import reference
 from fxfuse.lowering import inductor
+from fxfuse.lowering.providers import arguments
 from fxfuse.patterns.record import Record, Stream
 
 REFERENCES: dict[str, Callable[..., Any]] = {
@@ -24,28 +25,30 @@ REFERENCES: dict[str, Callable[..., Any]] = {
 # What a table gives by position is loaded by every head: choosing and gathering it once is cheaper.
 LOOKUPS = frozenset({torch.ops.aten.index.Tensor})
 
-# Where cos and sin, and what k is or is made of, stand among the ops' arguments.
-_TABLES = {"norm_rope": slice(8, 10), "norm_rope_store_": slice(9, 11)}
-_TABLES |= {"project_norm_rope_store_": slice(13, 15)}
-_K = {"norm_rope": 1, "norm_rope_store_": 1, "project_norm_rope_store_": 2}
 
-
-def lower(name: str, args: tuple[Any, ...], record: Record) -> tuple[Any, Any]:
+def lower(name: str, args: tuple[Any, ...], record: Record) -> tuple[Any, ...]:
     """Results of fxfuse::<name> on boxes, as loops."""
 
     def run(*tensors: Any) -> Any:
         return REFERENCES[name](*tensors[:-1], record)
 
     # Tables in memory, or every layer would compute their sines again.
-    for table in (n for n in args[_TABLES[name]] if n is not None):
-        inductor.written(table)
-    q_row, k_row = inductor.lower_graph(inductor.traced(run).graph, args, LOOKUPS)
-    q, k = args[0], args[_K[name]]
-    k_kept = k is not None and record.k is not None and record.k.keep
+    call = dict(zip(arguments(name), args, strict=True))
+    for table in (call["cos"], call["sin"]):
+        if table is not None:
+            inductor.written(table)
+    q_row, k_row, *sums = inductor.lower_graph(inductor.traced(run).graph, args, LOOKUPS)
     q_out = _in_order(q_row, record.q)
-    if not k_kept or record.k is None:
-        return q_out, inductor.empty(q, (0,), q.get_dtype())
-    return q_out, _in_order(k_row, record.k)
+    has_k = call["k_proj" if record.projected else "k"] is not None
+    if has_k and record.k is not None and record.k.keep:
+        k_out = _in_order(k_row, record.k)
+    else:
+        k_out = _nothing(args[0])
+    return q_out, k_out, *(_nothing(args[0]) if x is None else inductor.written(x) for x in sums)
+
+
+def _nothing(like: Any) -> Any:
+    return inductor.empty(like, (0,), like.get_dtype())
 
 
 def _in_order(row: Any, stream: Stream) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 library: Any = torch.library.Library("fxfuse_provider", "FRAGMENT")  # type: ignore[no-untyped-call]
 
-Run = Callable[..., "Tensor | tuple[Tensor | None, Tensor | None]"]
+Run = Callable[..., "Tensor | tuple[Tensor | None, ...]"]
 Failed = Callable[[str, Exception], None]
 
 # By the name of its op, what runs and whom to tell that it raised; a compiled graph may call it as

@@ -6,6 +6,7 @@ kernel's workspace here.
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 from fxfuse.lowering import launch
 from fxfuse.lowering.operand import Operand, Size
@@ -61,8 +62,10 @@ def plan(
     eps: tuple[float, float],
     target: str = "",
     block: Block | None = None,
+    x_eps: Any = 0.0,
 ) -> launch.Launch:
-    """The launch for operands named as the op's arguments, with q_out, k_out, sums and counters.
+    """The launch for operands named as the op's arguments, with q_out, k_out, x_sum (where kept),
+    sums and counters.
 
     Shapes: as the op's, all of them numbers.
     """
@@ -80,6 +83,9 @@ def plan(
     del constants["SINGLE"]
     for name in ("x", "sums", "counters"):
         arguments[f"{name}_ptr"] = _needed(operands, name).value
+    for name in ("residual", "x_weight", "x_sum"):
+        arguments[f"{name}_ptr"] = (operands.get(name) or x).value
+    arguments["x_eps"], constants["FRONT"] = x_eps, _front(record)
     for name in STREAMS:
         weight, bias = operands.get(f"{name}_proj"), operands.get(f"{name}_proj_bias")
         arguments[f"{name}_proj_ptr"] = (weight or x).value
@@ -92,6 +98,13 @@ def plan(
     constants |= _sizes(batch, tokens, hidden, widest, block) | {"PARTS": parts}
     grid = (sum(heads for heads, _ in streams.values()) * parts, 1)
     return launch.Launch("project_norm_rope_store", arguments, constants, grid, block.warps)
+
+
+def _front(record: Record) -> tuple[bool, bool, float, bool]:
+    """The kernel's FRONT."""
+    if (front := record.front) is None:
+        return False, False, 0.0, False
+    return True, front.norm.has_weight, front.norm.weight_offset, front.keep_sum
 
 
 def _sizes(batch: int, tokens: int, hidden: int, channels: int, block: Block) -> dict[str, int]:

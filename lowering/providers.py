@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 # Inductor's TensorBox, or any tensor.
 Box = Any
 Lower = Callable[[str, tuple[Any, ...], Any], Any]
-Run = Callable[..., "Tensor | tuple[Tensor | None, Tensor | None]"]
+Run = Callable[..., "Tensor | tuple[Tensor | None, ...]"]
 AnyRecord: TypeAlias = Record | AddNorm | DecodeAttention
 
 # The ops, and what reads their records.

@@ -69,19 +69,20 @@ def _no_format(record: Record, device: torch.device | None) -> str | None:
 
 
 def _no_projection_kernel(facts: Facts) -> str | None:
-    made = {x for name, x in facts.dtypes.items() if name == "x" or name.endswith("_proj")}
+    front = ("x", "residual")
+    made = {x for name, x in facts.dtypes.items() if name in front or name.endswith("_proj")}
     if len(made) > 1 or any(str(x).removeprefix("torch.") not in KERNEL_DTYPES for x in made):
         return f"the kernel multiplies {', '.join(KERNEL_DTYPES)} only, x and weights alike"
     return _no_triton_kernel(facts)
 
 
-def _triton(name: str, args: tuple[Any, ...], record: Record) -> tuple[Box, Box]:
+def _triton(name: str, args: tuple[Any, ...], record: Record) -> tuple[Box, ...]:
     from fxfuse.lowering import fused
 
     return fused.lower(name, args, record)
 
 
-def _loops(name: str, args: tuple[Any, ...], record: Record) -> tuple[Box, Box]:
+def _loops(name: str, args: tuple[Any, ...], record: Record) -> tuple[Box, ...]:
     from fxfuse.lowering import loops
 
     return loops.lower(name, args, record)

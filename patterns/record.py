@@ -148,35 +148,6 @@ class Store:
 
 
 @dataclasses.dataclass(frozen=True)
-class Record:
-    """One fused site: streams q, k and v (v only where it is stored), and where k and v are
-    stored; projected where the op makes them of one x and their weights itself.
-    """
-
-    q: Stream
-    k: Stream | None = None
-    v: Stream | None = None
-    store: Store | None = None
-    projected: bool = False
-
-    def to_text(self) -> str:
-        return json.dumps(dataclasses.asdict(self), separators=(",", ":"), sort_keys=True)
-
-    @staticmethod
-    @functools.cache
-    def from_text(text: str) -> "Record":
-        data = json.loads(text)
-        return Record(
-            q=_stream(data["q"]),
-            k=_stream(data["k"]) if data["k"] else None,
-            v=_stream(data["v"]) if data["v"] else None,
-            store=_store(data["store"]) if data["store"] else None,
-            # A graph that was cached before the field was there has none.
-            projected=data.get("projected", False),
-        )
-
-
-@dataclasses.dataclass(frozen=True)
 class AddNorm:
     """One fused sum and norm of rows: sum = x (+ residual (+ second)), y = norm(sum).
 
@@ -199,8 +170,39 @@ class AddNorm:
     @staticmethod
     @functools.cache
     def from_text(text: str) -> "AddNorm":
+        return _add_norm(json.loads(text))
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One fused site: streams q, k and v (v only where it is stored), and where k and v are
+    stored; projected where the op makes them of one x and their weights itself, and `front` where
+    it makes that x too: the norm of a sum of two tensors.
+    """
+
+    q: Stream
+    k: Stream | None = None
+    v: Stream | None = None
+    store: Store | None = None
+    projected: bool = False
+    front: AddNorm | None = None
+
+    def to_text(self) -> str:
+        return json.dumps(dataclasses.asdict(self), separators=(",", ":"), sort_keys=True)
+
+    @staticmethod
+    @functools.cache
+    def from_text(text: str) -> "Record":
         data = json.loads(text)
-        return AddNorm(**{**data, "norm": Norm(**data["norm"])})
+        return Record(
+            q=_stream(data["q"]),
+            k=_stream(data["k"]) if data["k"] else None,
+            v=_stream(data["v"]) if data["v"] else None,
+            store=_store(data["store"]) if data["store"] else None,
+            # A graph that was cached before a field was there has none.
+            projected=data.get("projected", False),
+            front=_add_norm(data["front"]) if data.get("front") else None,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,6 +248,10 @@ class DecodeAttention:
     @functools.cache
     def from_text(text: str) -> "DecodeAttention":
         return DecodeAttention(**json.loads(text))
+
+
+def _add_norm(data: dict[str, Any]) -> AddNorm:
+    return AddNorm(**{**data, "norm": Norm(**data["norm"])})
 
 
 def _store(data: dict[str, Any]) -> Store:

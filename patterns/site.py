@@ -156,15 +156,20 @@ class StoreWrite:
 @dataclasses.dataclass(frozen=True, eq=False)
 class Projection:
     """What q, k and v of a site are products of: x [B, T, hidden], and for each of its streams a
-    weight [H, D, hidden] and a bias [H, D], or None.
+    weight [H, D, hidden] and a bias [H, D], or None. With a norm in front x is normed first, after
+    the residual was added to it.
     """
 
     x: Access
     weights: tuple[Access, ...]
     biases: tuple[Access | None, ...]
+    residual: Access | None = None
+    norm: "NormSite | None" = None
 
     def accesses(self) -> list[Access]:
-        return [self.x, *self.weights, *(b for b in self.biases if b is not None)]
+        weight = self.norm.normed.weight if self.norm else None
+        some = (*self.biases, self.residual, weight)
+        return [self.x, *self.weights, *(a for a in some if a is not None)]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

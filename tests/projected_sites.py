@@ -13,10 +13,10 @@ from fxfuse import reference
 from fxfuse.lowering import launch, projection_launch
 from fxfuse.lowering.operand import Operand
 from fxfuse.lowering.projection_launch import Block
-from fxfuse.patterns.record import Record
+from fxfuse.patterns.record import AddNorm, Norm, Record
 from tests.sites import NORM, cached, halves, neighbours, site, with_dtype
 
-EPS = (1e-6, 1e-6)
+EPS, X_EPS = (1e-6, 1e-6), 1e-5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +35,11 @@ class Shape:
     batch: int = 1
     tokens: int = 1
 
+    def behind(self, norm: Norm, keep_sum: bool = True) -> Shape:
+        """The same site with x the norm of a sum."""
+        front = AddNorm(self.hidden, norm, 2, keep_sum)
+        return dataclasses.replace(self, record=dataclasses.replace(self.record, front=front))
+
 
 QWEN3 = site(32, norm=NORM, store=cached(True), heads_first=True, k_keep=False)
 WIDE = site(128, norm=NORM, store=cached(True), heads_first=True, k_keep=False)
@@ -50,6 +55,16 @@ SHAPES = {
     "gptj, packed": Shape(3, 3, 16, 40, GPTJ, bias=True, packed=True),
     "phi, 2 x 3": Shape(2, 1, 48, 56, PHI, bias=True, batch=2, tokens=3),
 }
+GEMMA, BARE = Norm("head", "before", True, 1.0), Norm("head", "before", False)
+# The same with a norm of a sum in front.
+BEHIND_NORMS = {
+    "qwen3, normed": SHAPES["qwen3"].behind(NORM),
+    "gptj, packed, no weight": SHAPES["gptj, packed"].behind(BARE),
+    "qwen3, 3 rows, 1 + w": SHAPES["qwen3, 3 rows"].behind(GEMMA),
+    "llama, bias, 5 tokens, sum not kept": SHAPES["llama, bias, 5 tokens"].behind(NORM, False),
+    "phi, 2 x 3, normed": SHAPES["phi, 2 x 3"].behind(NORM),
+}
+SHAPES |= BEHIND_NORMS
 
 
 def tensors(
@@ -65,6 +80,10 @@ def tensors(
     h, g, d, hidden = shape.heads, shape.kv_heads, shape.channels, shape.hidden
     batch, tokens, record = shape.batch, shape.tokens, shape.record
     found = {"x": draw(batch, tokens, hidden)}
+    if record.front is not None:
+        found["residual"] = draw(batch, tokens, hidden, scale=3.0)
+        if record.front.norm.has_weight:
+            found["x_weight"] = draw(hidden)
     if shape.packed:
         whole, bias = draw(h, 3 * d, hidden, scale=hidden**-0.5), draw(h, 3 * d)
         for i, name in enumerate("qkv"):
@@ -89,27 +108,32 @@ def tensors(
 
 
 def truth(shape: Shape, given: dict[str, Tensor]) -> tuple[Tensor, ...]:
-    """q, k where it is kept, and the caches, in float64."""
+    """q, k and the sum where they are kept, and the caches, in float64 from the sum as it is."""
     exact = {n: x.double() if x.is_floating_point() else x for n, x in given.items()}
+    if "residual" in given:
+        exact["x"] = (given["x"] + given["residual"]).double()
+        exact["residual"] = torch.zeros_like(exact["x"])
     exact |= {n: exact[n].clone() for n in ("k_cache", "v_cache")}
     record = with_dtype(shape.record, "float64")
-    q, k = reference.project_norm_rope_store_(*arguments(exact), *EPS, record)
-    kept = (k,) if k is not None and k.numel() else ()
-    return (q, *kept, exact["k_cache"], exact["v_cache"])
+    results = reference.project_norm_rope_store_(*arguments(exact), *EPS, record)
+    return (*(x for x in results if x is not None), exact["k_cache"], exact["v_cache"])
 
 
-def arguments(given: dict[str, Tensor]) -> list[Tensor | None]:
-    """The op's arguments up to the eps, in order."""
+def arguments(given: dict[str, Tensor]) -> list[Tensor | float | None]:
+    """The op's arguments up to the eps of q and k, in order."""
     from fxfuse.lowering.providers import arguments
 
     names = arguments("project_norm_rope_store_")
-    return [given.get(name) for name in names[: names.index("q_eps")]]
+    known = {**given, "x_eps": X_EPS}
+    return [known.get(name) for name in names[: names.index("q_eps")]]
 
 
 def planned(
     shape: Shape, given: dict[str, Tensor], block: Block | None = None
 ) -> tuple[launch.Launch, list[Tensor], Tensor]:
-    """The launch, memory for q (and k) as [B, T, H, D] full of NaN, and the counters."""
+    """The launch, memory full of NaN for q, k and the sum where they are kept, the first two as
+    [B, T, H, D], and the counters.
+    """
     x = given["x"]
     dtype = str(x.dtype).removeprefix("torch.")
     record = with_dtype(shape.record, dtype)
@@ -127,12 +151,15 @@ def planned(
             out = empty(*(size[i] for i in at)).permute(at)
             operands[f"{name}_out"] = out
             results.append(out)
+    if record.front is not None and record.front.keep_sum:
+        operands["x_sum"] = empty(*x.shape)
+        results.append(operands["x_sum"])
     facts: dict[str, Any] = {n: Operand.of(t) for n, t in given.items()}
     total = projection_launch.sums_shape(facts, rows)
     operands["sums"] = torch.full(total, float("nan"), device=x.device)
     operands["counters"] = torch.zeros(1024, dtype=torch.int32, device=x.device)
     facts = {n: Operand.of(t) for n, t in operands.items()}
-    plan = projection_launch.plan(record, facts, EPS, "", block)
+    plan = projection_launch.plan(record, facts, EPS, "", block, X_EPS)
     return plan, results, operands["counters"]
 
 

@@ -86,8 +86,9 @@ def with_dtype(record: Record, dtype: str) -> Record:
     def changed(s: Stream | None) -> Stream | None:
         return s and dataclasses.replace(s, dtype=dtype)
 
-    q = dataclasses.replace(record.q, dtype=dtype)
-    return dataclasses.replace(record, q=q, k=changed(record.k), v=changed(record.v))
+    q, front = dataclasses.replace(record.q, dtype=dtype), record.front
+    front = front and dataclasses.replace(front, dtype=dtype)
+    return dataclasses.replace(record, q=q, k=changed(record.k), v=changed(record.v), front=front)
 
 
 def paged(

@@ -26,6 +26,8 @@ SHAPES = {
     "16 rows": Shape(16, 8, 128, 4096, WIDE, batch=16),
     "packed, 3 tokens": Shape(4, 4, 16, 512, GPTJ, bias=True, packed=True, tokens=3),
     "odd": Shape(4, 2, 32, 72, QWEN3),
+    "normed": Shape(16, 8, 128, 1024, WIDE).behind(NORM),
+    "16 rows, normed": Shape(16, 8, 128, 4096, WIDE, batch=16).behind(NORM),
 }
 OPTIONS = {"num_stages": 1, "enable_fp_fusion": True}
 
@@ -35,7 +37,7 @@ COMPILED = [
     pytest.param(name, target, id=f"{name}-{target[1]}")
     for name in SHAPES
     for target in TARGETS
-    if name == "qwen3" or target[1] in (90, "gfx942")
+    if name in ("qwen3", "normed") or target[1] in (90, "gfx942")
 ]
 
 
@@ -70,4 +72,6 @@ def test_inductor_sees_only_results_caches_and_workspace_as_written(name):
     written = {"q_out_ptr", "k_cache_ptr", "v_cache_ptr", "sums_ptr", "counters_ptr"}
     if shape.record.k.keep:
         written |= {"k_out_ptr"}
+    if shape.record.front is not None:
+        written |= {"x_sum_ptr"}
     assert written_arguments(plan) == written

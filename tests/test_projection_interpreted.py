@@ -27,7 +27,7 @@ def surrounded(shape: Shape) -> None:
 
     given = tensors(shape, torch.float32)
     want = truth(shape, given)
-    for name in [n for n in given if n == "x" or "proj" in n]:
+    for name in [n for n in given if n in ("x", "residual", "x_weight") or "proj" in n]:
         given[name] = amid_nans(given[name])
     plan, results, _ = planned(shape, given, Block(4, 16, 4, 1))
     direct.prepared(plan)()
@@ -45,7 +45,7 @@ def main() -> None:
             found = errors(shape, torch.float32, lambda plan: direct.prepared(plan)(), block=block)
             assert max(found) < CLOSE, (name, block, found)
         print(name, "ok", flush=True)
-    for name in ("qwen3", "gptj, packed"):
+    for name in ("qwen3", "gptj, packed", "qwen3, normed", "qwen3, 3 rows, 1 + w"):
         surrounded(SHAPES[name])
     print("done")
 
