@@ -200,7 +200,8 @@ def _provider(site: Site, settings: Settings) -> Choice:
     dtypes = {n: s.x.leaf.dtype.to_real() for n, s in streams.items() if s is not None}
     if site.projection is not None:
         weights = zip(("q_proj", "k_proj", "v_proj"), site.projection.weights, strict=False)
-        dtypes = {n: w.leaf.dtype for n, w in (("x", site.projection.x), *weights)}
+        made = (("x", site.projection.x), ("residual", site.projection.residual), *weights)
+        dtypes = {n: w.leaf.dtype for n, w in made if w is not None}
     caches = {"k_cache": site.k_store, "v_cache": site.v_store}
     dtypes |= {name: store.cache.dtype for name, store in caches.items() if store is not None}
     device = site.q.slot.device

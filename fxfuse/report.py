@@ -144,6 +144,7 @@ def stages_of(record: AnyRecord) -> tuple[str, ...]:
     order = [*name, *turn] if norm is None or norm.when == "before" else [*turn, *name]
     stored = [n for n, s in (("k", record.k), ("v", record.v)) if s is not None]
     first = ["projection"] if record.projected else []
+    first = [*stages_of(record.front), *first] if record.front else first
     return (*first, *order, *([f"store({','.join(stored)})"] if record.store else []))
 
 

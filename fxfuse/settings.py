@@ -11,7 +11,14 @@ Compiler = Literal["inductor", "aot_eager", "eager"]
 Numerics = Literal["inductor", "graph"]
 Gate = Literal["auto", "always", "never"]
 
-DISABLEABLE = ("attention", "store", "grouped_heads", "decode_attention", "projection")
+DISABLEABLE = (
+    "attention",
+    "store",
+    "grouped_heads",
+    "decode_attention",
+    "projection",
+    "input_norm",
+)
 
 
 class FxfuseError(RuntimeError):
@@ -26,7 +33,8 @@ class Settings:
     disable    stages left alone: "attention" (everything), "store" (cache writes stay the model's),
                "grouped_heads" (attention reads repeated heads as the model has them),
                "decode_attention" (attention with one query stays torch's),
-               "projection" (the products that make q, k and v stay the compiler's)
+               "projection" (the products that make q, k and v stay the compiler's),
+               "input_norm" (so does the norm in front of these products)
     numerics   "inductor": float32 from load to store, one rounding; "graph": the graph's own
                rounding points, which the fused kernels do not keep, so that nothing is fused and
                the report says so

@@ -110,6 +110,9 @@ TABLE = (
     # Inductor's default, 4.6 to 7.8 with 16.
     Entry("decode_attention", "cuda", Decision(True, _FILLED, 1.7), 1, _decoded_bfloat16),
     Entry("decode_attention", "cuda", Decision(True, _FILLED, 1.15), 16, _decoded_bfloat16),
+    # With the norm of a sum in front: a bare kernel on an H200, against one that adds and norms
+    # followed by the projection's.
+    Entry("input_norm", "cuda", Decision(True, _ONE, 1.17), 1, _projected_bfloat16),
     # `fxfuse bench grouped_heads` (benchmarks/results): on an H200 512 to 4,096 slots, 1.2 to 3.3
     # with one row and 1.07 to 1.3 with up to 256.
     Entry("grouped_heads", "cuda", Decision(True, _ONCE, 1.8), 1, _masked_bfloat16),

@@ -46,36 +46,55 @@ _ROWS: dict[int, tuple[tuple[int | None, int | None, int | None], tuple[Step, ..
 
 
 class Norms:
-    """The norms of a graph: sites, those left to the compiler, refusals, and disproved ones."""
+    """The norms of a graph: sites, those left to the compiler, refusals, and disproved ones; those
+    in `taken` are part of another site.
+    """
 
     def __init__(self, reading: Reading, frontier: Frontier, memory: Memory, gate: Gate) -> None:
         self.reading, self.frontier, self.memory = reading, frontier, memory
-        self.uses = frontier.uses
+        self.uses, self.gate = frontier.uses, gate
+        self.candidates = {slot: (value, row) for slot, value, row in _candidates(frontier)}
+        self.read: dict[Slot, NormSite | str] = {}
+        self.taken: set[Slot] = set()
         self.sites: list[NormSite] = []
         self.left: list[Left] = []
         self.refusals: list[Refusal] = []
         self.disproved: list[str] = []
-        for slot, value, statistic in _candidates(frontier):
-            node = slot.node
-            if reason := gate(KIND, slot, rows_count(slot.shape[:-1]), None):
-                self.left.append(Left(KIND, reason, node.name, location(node)))
-                continue
-            try:
-                self.sites.append(self._site(slot, value, statistic))
-            except Disproved as error:
-                self.disproved.append(f"{node.name}: {error}")
-                self._refuse(slot, str(error))
-            except (Refused, Untried) as error:
-                self._refuse(slot, str(error))
-            except Exception as error:
-                log.warning("fxfuse: an error of fxfuse, %s is left alone", node, exc_info=True)
-                self._refuse(slot, f"an error of fxfuse: {type(error).__name__}: {error}")
-        # An op's operand may be the sum of one before it.
-        self.sites.sort(key=lambda s: memory.index[s.before])
 
-    def _refuse(self, slot: Slot, reason: str) -> None:
-        refusal = Refusal("norm", slot.node.name, reason, location(slot.node))
-        self.refusals.append(refusal)
+    def decide(self) -> None:
+        """Every norm that is no part of another site is a site, left, or refused."""
+        for slot in (s for s in self.candidates if s not in self.taken):
+            node = slot.node
+            if reason := self.gate(KIND, slot, rows_count(slot.shape[:-1]), None):
+                self.left.append(Left(KIND, reason, node.name, location(node)))
+            elif isinstance(found := self._found(slot), str):
+                self.refusals.append(Refusal("norm", node.name, found, location(node)))
+            else:
+                self.sites.append(found)
+        self.sites.sort(key=lambda site: self.memory.index[site.before])
+
+    def of(self, slot: Slot) -> NormSite | None:
+        """The norm that a slot is the result of, if any that can be a site."""
+        found = self._found(slot) if slot in self.candidates else None
+        return found if isinstance(found, NormSite) else None
+
+    def _found(self, slot: Slot) -> NormSite | str:
+        """The site of a candidate, or why it is none."""
+        if slot not in self.read:
+            self.read[slot] = self._tried(slot)
+        return self.read[slot]
+
+    def _tried(self, slot: Slot) -> NormSite | str:
+        try:
+            return self._site(slot, *self.candidates[slot])
+        except Disproved as error:
+            self.disproved.append(f"{slot.node.name}: {error}")
+            return str(error)
+        except (Refused, Untried) as error:
+            return str(error)
+        except Exception as error:
+            log.warning("fxfuse: an error of fxfuse, %s is left alone", slot.node, exc_info=True)
+            return f"an error of fxfuse: {type(error).__name__}: {error}"
 
     def _site(self, slot: Slot, value: Value, statistic: Statistic) -> NormSite:
         if slot not in self.uses.holder:

@@ -90,10 +90,13 @@ class _Planner:
         sites = [site for site in self.plan.sites if not self._is_left(site)]
         holder, disproved = self.uses.holder, self.plan.disproved
         sites = with_lookups(sites, self.memory, holder, disproved)
-        projections = Projections(self.reading, self.uses, self.absorbed, self.memory, self.gate)
+        norms = Norms(self.reading, self.frontier, self.memory, self.gate)
+        projections = Projections(
+            self.reading, self.uses, self.absorbed, self.memory, norms, self.gate
+        )
         self.plan.sites = [projections.grown(site) for site in sites]
         self._report_refusals(made)
-        norms = Norms(self.reading, self.frontier, self.memory, self.gate)
+        norms.decide()
         groups = Groups(self.reading, self.frontier, self.gate)
         self.plan.norms, self.plan.groups = norms.sites, groups.sites
         self.plan.left += norms.left + groups.left + projections.left

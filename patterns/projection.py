@@ -12,7 +12,9 @@ import torch
 from torch.fx.node import map_aggregate
 
 from fxfuse.patterns.access import Refused
+from fxfuse.patterns.add_norm import Norms
 from fxfuse.patterns.frontier import Uses
+from fxfuse.patterns.input_norm import InputNorms
 from fxfuse.patterns.memory import Memory
 from fxfuse.patterns.read import Reading
 from fxfuse.patterns.site import (
@@ -54,8 +56,15 @@ class Projections:
     """Sites with their projections taken in; what was left to the compiler, or refused."""
 
     def __init__(
-        self, reading: Reading, uses: Uses, absorbed: set[Call], memory: Memory, gate: Gate
+        self,
+        reading: Reading,
+        uses: Uses,
+        absorbed: set[Call],
+        memory: Memory,
+        norms: Norms,
+        gate: Gate,
     ) -> None:
+        self.input_norms = InputNorms(reading, uses, memory, norms, gate)
         self.reading, self.uses, self.absorbed = reading, uses, absorbed
         self.memory, self.gate = memory, gate
         self.left: list[Left] = []
@@ -85,7 +94,8 @@ class Projections:
             self.refusals.append(Refusal(KIND, slot.node.name, told, location(slot.node)))
             return site
         record = dataclasses.replace(site.record, projected=True)
-        return dataclasses.replace(site, record=record, projection=projection)
+        grown = dataclasses.replace(site, record=record, projection=projection)
+        return self.input_norms.grown(grown, {self._made(s).call for s in site.streams()})
 
     def _projection(self, site: Site) -> Projection:
         """Raises Refused."""
@@ -114,7 +124,7 @@ class Projections:
 
     def _part(self, stream: Decoded) -> _Part:
         """Raises Refused where a stream is no part of one plain product."""
-        views, made = self._views(stream.x.leaf.slot), self._made(stream)
+        views, made = self.reading.views_of(stream.x.leaf.slot), self._made(stream)
         call = made.call
         assert call is not None
         if call.op is not aten.linear.default:
@@ -127,22 +137,11 @@ class Projections:
 
     def _made(self, stream: Decoded) -> Slot:
         """What a stream's source is a view of, or the source itself."""
-        slot: Slot = stream.x.leaf.slot
-        views = self._views(slot)
-        return views[0].inputs()[0] if views else slot
-
-    def _views(self, slot: Slot) -> list[Call]:
-        """The calls through which a tensor is a view of another, in order."""
-        views: list[Call] = []
-        while slot.call is not None and self.reading.relations.get(slot.call) == "view":
-            views.insert(0, slot.call)
-            slot = slot.call.inputs()[0]
-        return views
+        return self.reading.viewed(stream.x.leaf.slot)
 
     def _check_weight(self, weight: Slot) -> None:
         """Raises Refused for a weight that is no part of a plain parameter."""
-        views = self._views(weight)
-        parameter = views[0].inputs()[0] if views else weight
+        parameter = self.reading.viewed(weight)
         example = parameter.node.meta.get("example_value")
         if is_wrapped(example):
             raise Refused(f"a projection whose weight is wrapped: {type(example).__name__}")

@@ -98,6 +98,19 @@ class Reading:
         made, end = self.positions[slot.call], self.positions[before]
         return any(made < write < end for write in self.writes.get(slot.storage, ()))
 
+    def views_of(self, slot: Slot) -> list[Call]:
+        """The calls through which a tensor is a view of another, in order."""
+        views: list[Call] = []
+        while slot.call is not None and self.relations.get(slot.call) == "view":
+            views.insert(0, slot.call)
+            slot = slot.call.inputs()[0]
+        return views
+
+    def viewed(self, slot: Slot) -> Slot:
+        """What a tensor is a view of, or the tensor itself."""
+        views = self.views_of(slot)
+        return views[0].inputs()[0] if views else slot
+
     def leaf(
         self, shape: tuple[Size, ...], dtype: torch.dtype, kind: Kind, slot: Any, **more: Any
     ) -> Leaf:

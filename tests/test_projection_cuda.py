@@ -148,7 +148,7 @@ def test_greedy_tokens_are_eagers(monkeypatch: pytest.MonkeyPatch) -> None:
     got = net.generate(ids, disable_compile=True, **how)
     report = fxfuse.last_report()
     assert report is not None
-    made = [f for f in report.fused if f.stages[0] == "projection"]
+    made = [f for f in report.fused if "projection" in f.stages]
     assert len(made) == 4 and {f.provider for f in made} == {"triton"}
     assert torch.equal(got, want)
 
@@ -173,7 +173,7 @@ def test_a_step_in_cuda_graphs_projects_each_layer_and_takes_no_more_memory() ->
     stock, ours = peaks.values()
     report = fxfuse.last_report()
     assert report is not None
-    assert sum(f.stages[0] == "projection" for f in report.fused) == 4
+    assert sum("projection" in f.stages for f in report.fused) == 4
     # Inductor's own allocation may differ by a block.
     assert ours <= 1.02 * stock
     a, b = (x.double() for x in logits.values())

@@ -127,7 +127,7 @@ class Attention(nn.Module):
     def split(self, x: Tensor) -> list[Tensor]:
         """q, k and v as [B, H, T, D]."""
         d, counts = self.sizes.head_dim, self.counts
-        y = self.project(x)
+        y = x if self.packing == "separate" else self.project(x)
         if self.packing == "by head":  # gpt-neox: q, k, v inside each head
             y = y.view(*x.shape[:2], -1, 3 * d).transpose(1, 2)
             return list(y.chunk(3, dim=-1))
