@@ -146,6 +146,21 @@ class Projected(Chain):
         return self.prelude(q, k, v, cos, sin, slots, k_cache, v_cache)
 
 
+class NormedProjected(Projected):
+    """Residual add and RMSNorm in front of the projections; the sum is returned too."""
+
+    def __init__(self, shape: Shape, table: Tensor | None = None) -> None:
+        super().__init__(shape, table)
+        weight = torch.randn(shape.hidden, dtype=torch.bfloat16)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, residual: Tensor, *rest: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        total = x + residual
+        return super().forward(rms_norm(total, self.weight, self.shape.eps), *rest), total
+
+
 class NormRope(Chain):
     """QK-norm and RoPE by position of q and k [tokens, H, D], tables looked up in the chain."""
 

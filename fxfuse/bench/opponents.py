@@ -63,6 +63,11 @@ def fused(case: Case, chain: Chain) -> Run:
     return compiled(backend=backend)(case, chain)
 
 
+def norm_apart(case: Case, chain: Chain) -> Run:
+    """fxfuse's projection behind Inductor's own kernel for the norm."""
+    return compiled(backend=fxfuse.Backend(disable=("input_norm",)))(case, chain)
+
+
 def two_kernels(streams: bool) -> Callable[[Case, Chain], Run]:
     """The norms of q and of k as a kernel each, of Inductor's; on two streams, k's beside q's."""
 
@@ -125,6 +130,7 @@ OPPONENTS = {
         Opponent("max_autotune", compiled(options=TUNED)),
         Opponent("fxfuse", fused, ("cuda", "cpu")),
         Opponent("packed_product", packed_product, recipes=frozenset({"projection"})),
+        Opponent("norm_apart", norm_apart, recipes=frozenset({"input_norm"})),
         Opponent("two_kernels", two_kernels(streams=False), recipes=QK_NORM),
         Opponent("two_streams", two_kernels(streams=True), recipes=QK_NORM),
         *(

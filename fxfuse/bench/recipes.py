@@ -118,6 +118,13 @@ def _draw_projected(case: Case, device: str, generator: torch.Generator) -> Inpu
     return Inputs(args, caches, slots, axis=2)
 
 
+def _draw_normed(case: Case, device: str, generator: torch.Generator) -> Inputs:
+    inputs = _draw_projected(case, device, generator)
+    x, *rest = inputs.args
+    residual = _normal(device, generator)(*x.shape)
+    return dataclasses.replace(inputs, args=(x, residual, *rest))
+
+
 def _draw_norm_rope(case: Case, device: str, generator: torch.Generator) -> Inputs:
     shape, t = case.shape, case.tokens
     draw = _normal(device, generator)
@@ -214,6 +221,16 @@ RECIPES = {
         draw=_draw_projected,
         gate="always",
         first=("projection",),
+    ),
+    "input_norm": Recipe(
+        shapes.PROJECTIONS,
+        (1, 2, 4, 8, 16),
+        {"separate": chains.NormedProjected},
+        looks_up=False,
+        store=True,
+        draw=_draw_normed,
+        gate="always",
+        first=("add", "rms_norm", "projection"),
     ),
     "diffusion": Recipe(
         shapes.DIFFUSION,
