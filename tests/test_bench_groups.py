@@ -64,6 +64,12 @@ STEPS: dict[str, Step] = {
         ("triton_poi_fused_clone_3", "attention"),
         (COMBINE, "attention"),
     ),
+    "fxfuse, norms in the projection": [
+        *FIRST,
+        (NORM, "projection"),
+        *[("project_norm_rope_store", "projection"), (FLASH, "attention"), *AFTER] * 3,
+        *LAST,
+    ],
     "fxfuse, own residual norms": step(
         ("add_rms_norm", "projection"),
         ("project_norm_rope_store_0", "projection"),
