@@ -95,7 +95,12 @@ class Projections:
             return site
         record = dataclasses.replace(site.record, projected=True)
         grown = dataclasses.replace(site, record=record, projection=projection)
-        return self.input_norms.grown(grown, {self._made(s).call for s in site.streams()})
+        try:
+            return self.input_norms.grown(grown, {self._made(s).call for s in site.streams()})
+        except Exception:
+            log.warning("fxfuse: an error of fxfuse, the norm in front of %s stays", slot.node.name)
+            log.debug("fxfuse failed", exc_info=True)
+            return grown
 
     def _projection(self, site: Site) -> Projection:
         """Raises Refused."""

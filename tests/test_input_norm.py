@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import fxfuse
 from fxfuse.lowering import gate
+from fxfuse.patterns.input_norm import InputNorms
 from fxfuse.patterns.record import AddNorm, Norm, Record
 from tests.models.families import FAMILIES
 from tests.models.tiny import build, static_cache, token_ids
@@ -310,6 +311,14 @@ class Half(Block):
     def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         cos, sin = super().tables(positions)
         return cos.half(), sin.half()
+
+
+def test_an_error_leaves_the_norm_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: Any) -> bool:
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(InputNorms, "_pays", fails)
+    assert record_of(explained(Block(normed()))).front is None
 
 
 @pytest.mark.parametrize(("tokens", "found"), [(1, True), (2, False)])
