@@ -144,9 +144,11 @@ def _gate(settings: Settings) -> Gate:
             return "disabled by settings"
         if kind == "projection" and settings.checks_sites():
             return "debug mode checks q, k and v as they are projected"
+        target = slot.device.type
+        if why := gate.forbidden(target, kind, rows):
+            return why
         if settings.gate != "auto":
             return "" if settings.gate == "always" else "gate='never'"
-        target = slot.device.type
         decision = gate.decide(target, kind, gate.Facts(rows, record, arch_of(slot.device)))
         return "" if decision.fuse else f"{decision.reason} (target {target})"
 

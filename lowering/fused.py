@@ -82,7 +82,7 @@ def _planned(
     call: dict[str, Any], operands: dict[str, Operand | None], record: Record, tokens: int
 ) -> launch.Launch | None:
     """The launch; None where the projection's kernel is asked for other sizes than numbers, or for
-    factors that could overflow.
+    a norm in front of several rows.
     """
     like, eps = call["x" if record.projected else "q"], (call["q_eps"], call["k_eps"])
     target = arch_of(like.get_device())
@@ -93,7 +93,7 @@ def _planned(
     if not all(isinstance(n, int) for n in sizes) or heads > inductor.COUNTERS:
         return None
     rows = math.prod(like.get_size()[:2])
-    if record.front is not None and rows > 1 and like.get_dtype() == torch.float16:
+    if record.front is not None and rows > 1:
         return None
     shape = projection_launch.sums_shape(operands, rows)
     operands["sums"] = inductor.operand(inductor.empty(like, shape, torch.float32))

@@ -121,6 +121,18 @@ TABLE = (
 )
 
 
+# What no setting forces on a kernel: more rows than it takes.
+MOST_ROWS = {("cuda", "input_norm"): 1}
+
+
+def forbidden(target: str, kind: str, rows: int | None) -> str:
+    """Why the target's kernel cannot take a site, whatever was measured; "" where it can."""
+    most = MOST_ROWS.get((target, kind))
+    if most is None or (rows is not None and rows <= most):
+        return ""
+    return f"its kernel takes {most} row"
+
+
 def decide(target: str, kind: str, facts: Facts) -> Decision:
     """The decision of the table's first entry that fits. Without an entry a kind is left.
 

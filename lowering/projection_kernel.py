@@ -5,8 +5,9 @@ rows of the weight with the hidden states, adds the bias and writes the sums, fl
 workspace. Whoever comes last of a head's programs does with the head what `kernels.tile` does with
 a projected one. No sum is split over programs: the order of every addition is fixed by the code.
 
-Where the hidden states are the norm of a sum, each program adds up, and squares, for itself what it
-multiplies: that is little beside its weights, and 1 / rms(sum) is a factor of its sums.
+Where the hidden states of one token are the norm of a sum, each program adds up, and squares, for
+itself what it multiplies: that is little beside its weights, and 1 / rms(sum) is a factor of its
+sums.
 
 Who is last is told by a counter for each head, 0 when the kernel starts and 0 again when it ends: a
 program counts itself when its sums are written. Memory model: the barrier orders the stores of the
@@ -34,24 +35,21 @@ from fxfuse.lowering.kernels import static_tile
 
 @triton.jit
 def factors(
-    x_ptr, residual_ptr, x_weight_ptr, x_sum_ptr, squares, o_x, o_k, m_x, m_k,
-    HIDDEN: tl.constexpr, FRONT: tl.constexpr, BLOCK_M: tl.constexpr,
+    x_ptr, residual_ptr, x_weight_ptr, x_sum_ptr, squares, o_k, m_k,
+    HIDDEN: tl.constexpr, FRONT: tl.constexpr,
 ):  # fmt: skip
     """A block of x; with a norm in front of (x + residual) * weight, as float32, and the squares of
     the sum grow by the block's. The first program writes the sum.
     """
-    x = tl.load(x_ptr + o_x, mask=m_x, other=0.0)
+    x = tl.load(x_ptr + o_k, mask=m_k, other=0.0)
     if FRONT[0]:
-        residual = tl.load(residual_ptr + o_x, mask=m_x, other=0.0)
+        residual = tl.load(residual_ptr + o_k, mask=m_k, other=0.0)
         added = (x.to(tl.float32) + residual.to(tl.float32)).to(x.dtype)
         if FRONT[3]:
             channels = tl.where(tl.program_id(0) == 0, HIDDEN, 0)
-            tl.store(x_sum_ptr + o_x, added, mask=m_x & (o_k < channels))
+            tl.store(x_sum_ptr + o_k, added, mask=o_k < channels)
         x = added.to(tl.float32)
-        if BLOCK_M == 1:
-            squares += x * x
-        else:
-            squares += tl.sum(x * x, 0)
+        squares += x * x
         if FRONT[1]:
             weight = tl.load(x_weight_ptr + o_k, mask=m_k, other=0.0)
             x *= weight.to(tl.float32) + FRONT[2]
@@ -78,7 +76,6 @@ def project_rows(
         squares = tl.zeros([BLOCK_K], tl.float32)
     else:
         total = tl.zeros([ROWS, BLOCK_M], tl.float32)
-        squares = tl.zeros([BLOCK_M], tl.float32)
         o_m = tl.arange(0, BLOCK_M)[None, :]
     for k in tl.range(0, HIDDEN, BLOCK_K, num_stages=STAGES):
         m_k = k + o_k < HIDDEN if HIDDEN % BLOCK_K else tl.full([BLOCK_K], True, tl.int1)
@@ -88,23 +85,19 @@ def project_rows(
         )  # fmt: skip
         if BLOCK_M == 1:
             x, squares = factors(
-                x_ptr, residual_ptr, x_weight_ptr, x_sum_ptr, squares, k + o_k, k + o_k, m_k, m_k,
-                HIDDEN, FRONT, BLOCK_M,
+                x_ptr, residual_ptr, x_weight_ptr, x_sum_ptr, squares, k + o_k, m_k, HIDDEN, FRONT,
             )  # fmt: skip
             total += w.to(tl.float32) * x.to(tl.float32)[None, :]
         else:
-            x, squares = factors(
-                x_ptr, residual_ptr, x_weight_ptr, x_sum_ptr, squares,
-                o_m * HIDDEN + (k + o_k)[:, None], (k + o_k)[:, None], (o_m < M) & m_k[:, None],
-                m_k[:, None], HIDDEN, FRONT, BLOCK_M,
-            )  # fmt: skip
-            total = tl.dot(w, x.to(w.dtype), total, input_precision="ieee")
+            x = tl.load(
+                x_ptr + o_m * HIDDEN + (k + o_k)[:, None], mask=(o_m < M) & m_k[:, None], other=0.0
+            )
+            total = tl.dot(w, x, total, input_precision="ieee")
     if BLOCK_M == 1:
         total = tl.sum(total, 1)
-        squares = tl.sum(squares)
-    if FRONT[0]:
-        # Inductor hands eps over as float64.
-        total *= tl.rsqrt(squares / HIDDEN + tl.cast(x_eps, tl.float32))
+        if FRONT[0]:
+            # Inductor hands eps over as float64.
+            total *= tl.rsqrt(tl.sum(squares) / HIDDEN + tl.cast(x_eps, tl.float32))
     bias = tl.zeros([ROWS], tl.float32)
     if WEIGHT[2]:
         bias = tl.load(b_ptr + i_head * WEIGHT[3] + o_d * WEIGHT[4], mask=m_d, other=0.0)
@@ -138,10 +131,10 @@ def project_norm_rope_store(
     """Grid: (heads of q, k and v * PARTS); the programs of a head are neighbours.
 
     Reads: every weight once; x, residual and x_weight once a program; what `kernels.tile` reads.
-    Writes: sums [M, channels of all heads], counters, x_sum [M, HIDDEN] where FRONT says so, and
-    what `kernels.tile` writes.
-    Numerics: float32 from load to store, one rounding; x + residual rounded as torch rounds it, and
-    for tensor cores its product with x_weight too. The same bits in every run.
+    Writes: sums [M, channels of all heads], counters, x_sum [HIDDEN] where FRONT says so, and what
+    `kernels.tile` writes.
+    Numerics: float32 from load to store, one rounding; x + residual rounded as torch rounds it. The
+    same bits in every run.
     """
     i_block, i_part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
     K_AT: tl.constexpr = Q[1] * Q[2]

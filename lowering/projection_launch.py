@@ -67,10 +67,11 @@ def plan(
     """The launch for operands named as the op's arguments, with q_out, k_out, x_sum (where kept),
     sums and counters.
 
-    Shapes: as the op's, all of them numbers.
+    Shapes: as the op's, all of them numbers; one row where the record has a front.
     """
     x = _needed(operands, "x")
     batch, tokens, hidden = (int(n) for n in x.shape)
+    assert record.front is None or batch * tokens == 1, "the kernel norms one row"
     block = block or block_for(batch * tokens, hidden)
     streams = widths(operands)
     given = dict(operands) | _streams(operands, batch, tokens)

@@ -43,7 +43,7 @@ class InputNorms:
         assert projection is not None
         x: Slot = projection.x.leaf.slot
         norm = self.norms.of(self.reading.viewed(x))
-        if norm is None or not self._is_alike(norm, x, site.rows):
+        if norm is None or not self._is_alike(norm, x):
             return site
         if not self._readers(norm.normed.slot) <= products or not self._pays(norm):
             return site
@@ -55,13 +55,11 @@ class InputNorms:
         self.norms.taken.add(norm.normed.slot)
         return dataclasses.replace(site, record=record, projection=new)
 
-    def _is_alike(self, norm: NormSite, x: Slot, rows: int | None) -> bool:
+    def _is_alike(self, norm: NormSite, x: Slot) -> bool:
         """Whether two tensors of x's dtype, row by row in memory, are added up and normed to x."""
         slots = [x, norm.normed.slot, *(a.leaf.slot for a in norm.addends)]
-        # Tensor cores multiply the sum before it is scaled, which float16 may not hold.
-        holds = x.dtype != torch.float16 or rows == 1
         alike = all(slot.dtype == x.dtype and slot.is_dense() for slot in slots)
-        return holds and alike and len(norm.addends) == 2 and x.shape[-1] == norm.record.channels
+        return alike and len(norm.addends) == 2 and x.shape[-1] == norm.record.channels
 
     def _pays(self, norm: NormSite) -> bool:
         """Whether both terms of the sum are in memory anyway: what a kernel makes for the sum alone

@@ -56,10 +56,15 @@ SHAPES = {
     "phi, 2 x 3": Shape(2, 1, 48, 56, PHI, bias=True, batch=2, tokens=3),
 }
 GEMMA, BARE = Norm("head", "before", True, 1.0), Norm("head", "before", False)
-# The same with a norm of a sum in front.
+# The same with a norm of a sum in front, which the kernel takes of one row,
 BEHIND_NORMS = {
     "qwen3, normed": SHAPES["qwen3"].behind(NORM),
+    "qwen3, 1 + w": SHAPES["qwen3"].behind(GEMMA),
     "gptj, packed, no weight": SHAPES["gptj, packed"].behind(BARE),
+    "llama, bias, sum not kept": Shape(4, 2, 32, 72, LLAMA, bias=True).behind(NORM, False),
+}
+# and the op of several.
+ROWS_BEHIND_NORMS = {
     "qwen3, 3 rows, 1 + w": SHAPES["qwen3, 3 rows"].behind(GEMMA),
     "llama, bias, 5 tokens, sum not kept": SHAPES["llama, bias, 5 tokens"].behind(NORM, False),
     "phi, 2 x 3, normed": SHAPES["phi, 2 x 3"].behind(NORM),

@@ -5,6 +5,7 @@ terms lie in memory, else left where it is, without a word.
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,9 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxfuse
+from fxfuse import passes
 from fxfuse.lowering import gate
 from fxfuse.patterns.input_norm import InputNorms
 from fxfuse.patterns.record import AddNorm, Norm, Record
+from fxfuse.settings import Settings
 from tests.models.families import FAMILIES
 from tests.models.tiny import build, static_cache, token_ids
 from tests.sites import cached, site, with_dtype
@@ -307,12 +310,6 @@ def test_settings_keep_the_norm_the_compilers() -> None:
     assert [f.kind for f in report.fused] == ["attention", "add_rms_norm"]
 
 
-class Half(Block):
-    def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        cos, sin = super().tables(positions)
-        return cos.half(), sin.half()
-
-
 def test_an_error_leaves_the_norm_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*args: Any) -> bool:
         raise RuntimeError("no")
@@ -321,19 +318,17 @@ def test_an_error_leaves_the_norm_where_it_is(monkeypatch: pytest.MonkeyPatch) -
     assert record_of(explained(Block(normed()))).front is None
 
 
-@pytest.mark.parametrize(("tokens", "found"), [(1, True), (2, False)])
-def test_float16_is_multiplied_before_it_is_scaled_in_one_row_alone(
-    tokens: int, found: bool
-) -> None:
-    block = Half(normed()).half()
-    x, r = (hidden_states(tokens, batch=1, seed=seed).half() for seed in (1, 2))
-    ks, vs = (torch.zeros(1, 2, 12, 16, dtype=torch.float16) for _ in range(2))
-    torch._dynamo.reset()
-    compiled = torch.compile(block, backend=fxfuse.Backend(compiler="eager", gate="always"))
-    with torch.no_grad():
-        compiled(x, r, ks, vs, torch.arange(tokens))
-    report = fxfuse.last_report()
-    assert report is not None and (record_of(report).front is not None) == found
+@pytest.mark.parametrize("setting", ["auto", "always"])
+def test_no_setting_gives_a_gpu_several_rows(setting: Any) -> None:
+    ask = passes._gate(Settings(gate=setting))
+    record = with_dtype(site(128, norm=PLAIN, store=cached(True)), "bfloat16")
+
+    def reason(device: str, rows: int | None) -> str:
+        slot = SimpleNamespace(device=torch.device(device))
+        return ask("input_norm", slot, rows, record)  # type: ignore[arg-type]
+
+    assert reason("cuda", 2) == reason("cuda", None) == "its kernel takes 1 row"
+    assert "1 row" not in reason("cuda", 1) and "1 row" not in reason("cpu", 2)
 
 
 def test_the_gate_gives_what_was_measured() -> None:

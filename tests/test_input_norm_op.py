@@ -16,10 +16,21 @@ import fxfuse
 from fxfuse import reference
 from fxfuse.lowering import providers
 from fxfuse.patterns.record import AddNorm, Norm, Record
-from tests.projected_sites import BEHIND_NORMS, EPS, SHAPES, Shape, arguments, tensors, truth
+from tests.projected_sites import (
+    BEHIND_NORMS,
+    EPS,
+    ROWS_BEHIND_NORMS,
+    SHAPES,
+    Shape,
+    arguments,
+    tensors,
+    truth,
+)
 from tests.sites import with_dtype
 
 OP = torch.ops.fxfuse.project_norm_rope_store_
+BEHIND = BEHIND_NORMS | ROWS_BEHIND_NORMS
+EVERY = SHAPES | ROWS_BEHIND_NORMS
 NAMES = providers.arguments("project_norm_rope_store_")
 
 
@@ -42,13 +53,13 @@ def errors(got: list[Tensor], want: tuple[Tensor, ...]) -> list[float]:
 
 
 @pytest.mark.null
-@pytest.mark.parametrize("name", BEHIND_NORMS)
+@pytest.mark.parametrize("name", BEHIND)
 @pytest.mark.parametrize(
     ("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)], ids=["fp32", "bf16"]
 )
 def test_in_eager_code_against_float64(name: str, dtype: torch.dtype, bound: float) -> None:
     """bfloat16 rounds the norm, the products and the results: a few times 2**-9."""
-    shape = SHAPES[name]
+    shape = EVERY[name]
     given = tensors(shape, dtype)
     want = truth(shape, given)
     returned, got = results(shape, given)
@@ -61,11 +72,11 @@ def test_in_eager_code_against_float64(name: str, dtype: torch.dtype, bound: flo
 
 
 @pytest.mark.null
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", EVERY)
 def test_fakes_are_laid_out_as_results(name: str) -> None:
-    given = tensors(SHAPES[name], torch.float32)
-    real, _ = results(SHAPES[name], given)
-    fake, _ = results(SHAPES[name], {n: x.to("meta") for n, x in given.items()})
+    given = tensors(EVERY[name], torch.float32)
+    real, _ = results(EVERY[name], given)
+    fake, _ = results(EVERY[name], {n: x.to("meta") for n, x in given.items()})
     for a, b in zip(real, fake, strict=True):
         assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
 
@@ -73,7 +84,7 @@ def test_fakes_are_laid_out_as_results(name: str) -> None:
 @pytest.mark.null
 @pytest.mark.parametrize(("name", "given"), [("qwen3", True), ("qwen3, normed", False)])
 def test_a_residual_is_there_where_the_record_has_a_front(name: str, given: bool) -> None:
-    shape = SHAPES[name]
+    shape = EVERY[name]
     operands = tensors(shape, torch.float32)
     operands.pop("residual", None)
     if given:
@@ -93,14 +104,14 @@ def test_records_read_back_as_written_and_older_texts_are_read() -> None:
 
 @pytest.mark.null
 def test_the_front_of_a_record() -> None:
-    front = SHAPES["qwen3, 3 rows, 1 + w"].record.front
+    front = EVERY["qwen3, 3 rows, 1 + w"].record.front
     assert front == AddNorm(64, Norm("head", "before", True, 1.0), 2, keep_sum=True)
 
 
 @pytest.mark.cpu
-@pytest.mark.parametrize("name", BEHIND_NORMS)
+@pytest.mark.parametrize("name", BEHIND)
 def test_through_inductor_on_a_cpu(name: str) -> None:
-    shape = SHAPES[name]
+    shape = EVERY[name]
     given = tensors(shape, torch.float32)
     want = truth(shape, given)
     providers.register()
@@ -118,7 +129,7 @@ def test_a_provider_returns_the_sum_as_the_third_result() -> None:
         called.append(record)
         return reference.project_norm_rope_store_(*(call[n] for n in NAMES[:-1]), record)
 
-    shape = SHAPES["phi, 2 x 3, normed"]
+    shape = EVERY["phi, 2 x 3, normed"]
     given = tensors(shape, torch.float32)
     want = truth(shape, given)
     torch._dynamo.reset()

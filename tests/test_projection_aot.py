@@ -27,7 +27,6 @@ SHAPES = {
     "packed, 3 tokens": Shape(4, 4, 16, 512, GPTJ, bias=True, packed=True, tokens=3),
     "odd": Shape(4, 2, 32, 72, QWEN3),
     "normed": Shape(16, 8, 128, 1024, WIDE).behind(NORM),
-    "16 rows, normed": Shape(16, 8, 128, 4096, WIDE, batch=16).behind(NORM),
 }
 OPTIONS = {"num_stages": 1, "enable_fp_fusion": True}
 

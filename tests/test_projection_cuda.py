@@ -40,7 +40,6 @@ LARGE |= {
     "8B, normed": LARGE["8B"].behind(NORM),
     "gpt-oss, normed": LARGE["gpt-oss"].behind(NORM),
     "gemma, normed": LARGE["gemma"].behind(GEMMA),
-    "8B, 5 tokens, normed": LARGE["8B, 5 tokens"].behind(NORM),
 }
 EVERY = SHAPES | LARGE
 
@@ -101,7 +100,7 @@ def test_through_inductor(name: str) -> None:
         assert error <= 1.05 * eagers
 
 
-@pytest.mark.parametrize("name", ["8B", "8B, normed", "8B, 5 tokens, normed"])
+@pytest.mark.parametrize("name", ["8B", "8B, normed", "8B, 5 tokens"])
 def test_the_same_bits_in_every_replay_beside_other_work(name: str) -> None:
     shape = LARGE[name]
     given = tensors(shape, torch.bfloat16, "cuda")

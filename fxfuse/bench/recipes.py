@@ -224,7 +224,7 @@ RECIPES = {
     ),
     "input_norm": Recipe(
         shapes.PROJECTIONS,
-        (1, 2, 4, 8, 16),
+        (1,),
         {"separate": chains.NormedProjected},
         looks_up=False,
         store=True,
