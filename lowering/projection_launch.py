@@ -16,7 +16,10 @@ from fxfuse.patterns.record import Record
 STREAMS = ("q", "k", "v")
 # Rows of more tokens than one are multiplied by tensor cores, which take 16 and more at once.
 CORE_ROWS = 16
-SMALL_HIDDEN = 2048
+TINY_HIDDEN, SMALL_HIDDEN = 1024, 2048
+# Hidden sizes that were faster in smaller blocks, of those from 1024 to 5120 that were measured.
+NARROW = (2048, 2880, 4096)
+MOST_NARROW = 4096
 # Elements of a head's batch rows that a warp norms and rotates together.
 ELEMENTS = 1024
 
@@ -33,16 +36,20 @@ class Block:
     stages: int
 
 
-def block_for(tokens: int, hidden: int) -> Block:
-    """The launch table, measured on an H200 (bfloat16, hidden sizes 1024 to 4096, 1 to 16 tokens).
+def block_for(tokens: int, hidden: int, front: bool = False) -> Block:
+    """The launch table, measured on an H200 (bfloat16, hidden sizes 1024 to 5120, 1 to 16 tokens);
+    `front` is a norm in front.
 
-    One token: 512 = 16 bytes for each of a row's threads, so that x lies on the threads as the
-    weight does and need not be moved between them.
+    One token: 512 = 16 or 32 bytes for each of a row's threads, so that x lies on the threads as
+    the weight does and need not be moved between them.
     """
-    small = hidden <= SMALL_HIDDEN
     if tokens > 1:
+        small = hidden <= SMALL_HIDDEN
         return Block(CORE_ROWS, 128, 1, 4) if small else Block(CORE_ROWS, 256, 1, 3)
-    return Block(8 if small else 4, 512, 2, 1)
+    if hidden <= TINY_HIDDEN:
+        return Block(4, 512, 1, 1)
+    narrow = hidden <= MOST_NARROW if front else hidden in NARROW
+    return Block(4 if narrow else 8, 512, 2, 1)
 
 
 def widths(operands: Mapping[str, Operand | None]) -> dict[str, tuple[int, int]]:
@@ -72,7 +79,7 @@ def plan(
     x = _needed(operands, "x")
     batch, tokens, hidden = (int(n) for n in x.shape)
     assert record.front is None or batch * tokens == 1, "the kernel norms one row"
-    block = block or block_for(batch * tokens, hidden)
+    block = block or block_for(batch * tokens, hidden, record.front is not None)
     streams = widths(operands)
     given = dict(operands) | _streams(operands, batch, tokens)
     tile = Tile(launch.power_above(tokens), 1, block.warps)

@@ -23,6 +23,18 @@ STORE = "triton_poi_fused_index_copy_transpose_view_7"
 EXPAND = "triton_poi_fused__unsafe_view_clone_expand_unsqueeze_view_8"
 SOFTMAX = "triton_per_fused__softmax_add_9"
 EMBED = "triton_poi_fused_embedding_0"
+# As torch 2.11 names them where it picks cuDNN's attention: fused kernels name what they read, too.
+NVJET_WIDE = "nvjet_sm90_tst_8x64_64x16_2x1_v_bz_TNN"
+LEAN = "void cudnn::fusion::lean_reduction_kernel<false, false, false>(void*, float*)"
+SGEMM = "void cutlass::Kernel2<cutlass_80_simt_sgemm_128x32_8x5_tn_align1>(Params)"
+_READ = "_to_copy__unsafe_view_add_arange_bmm_cat"
+_MASKED = f"scaled_dot_product_cudnn_attention_{_READ}_clone_cos_expand_le_mean_mul"
+Q_ROTATED = f"triton_per_fused__{_MASKED}_neg_pow_rsqrt_scalar_tensor_sin_slice_where_2"
+K_STORED = f"triton_per_fused_{_READ}_cos_index_copy_mean_mul_neg_pow_rsqrt_sin_slice_view_3"
+V_STORED = "triton_poi_fused__unsafe_view_add_arange_index_copy_transpose_view_4"
+REPEATED = f"triton_poi_fused__{_MASKED}_pow_rsqrt_scalar_tensor_transpose_where_5"
+SLOTS = "triton_per_fused__to_copy_add_mean_mul_pow_project_norm_rope_store__rsqrt_select_view_8"
+COUNTED = "triton_poi_fused_add_arange_copy__7"
 TABLE = "void gemmSN_NN_kernel<float, 256, 4, 2, 8, 4, 4, false>"
 ARGMAX = "void at::native::reduce_kernel<512, 1, at::native::ReduceOp<at::native::ArgMaxOps>>"
 
@@ -40,6 +52,12 @@ STOCK_PRELUDE: Step = [
     (name, "projection") for name in (NORM, GEMV, NORM, GEMV, NORM, ROTATE, STORE, GEMV, STORE)
 ]
 EXPANDED: Step = [(EXPAND, "attention")] * 2
+CUDNN_LAYER: Step = [
+    *[(name, "projection") for name in (NORM, NVJET, Q_ROTATED, NVJET_WIDE, K_STORED)],
+    *[(NVJET_WIDE, "projection"), (V_STORED, "projection")],
+    *[(REPEATED, "attention")] * 2,
+    *[(CUDNN, "attention"), (LEAN, "attention")],
+]
 NORMED = [
     *[(EFFICIENT, "attention"), (GEMV, "output"), (NORM, "mlp"), (NORM, "mlp"), (GEMV, "mlp")],
     *[(GEMV, "mlp"), (SILU, "mlp"), (GEMV, "mlp")],
@@ -68,6 +86,37 @@ STEPS: dict[str, Step] = {
         *FIRST,
         (NORM, "projection"),
         *[("project_norm_rope_store", "projection"), (FLASH, "attention"), *AFTER] * 3,
+        *LAST,
+    ],
+    "stock, attention by cuDNN": [
+        (NORM, "projection"),
+        (NVJET, "projection"),
+        ("triton_poi_fused__to_copy_add_arange_bmm_expand_unsqueeze_1", "other"),
+        (SGEMM, "other"),
+        *CUDNN_LAYER[2:],
+        *[*AFTER, *CUDNN_LAYER] * 2,
+        *AFTER,
+        *LAST[:2],
+        *[("triton_poi_fused_add_copy__16", "other")] * 3,
+        LAST[2],
+    ],
+    "fxfuse, slots by the norm's kernel": [
+        FIRST[0],
+        (NORM, "other"),
+        (SGEMM, "other"),
+        (EMBED + "_project_norm_rope_store_rsqrt_4", "projection"),
+        ("project_norm_rope_store", "projection"),
+        ("decode_attention", "attention"),
+        *[
+            AFTER[0],
+            (SLOTS, "mlp"),
+            *AFTER[2:],
+            (COUNTED, "projection"),
+            ("project_norm_rope_store", "projection"),
+            ("decode_attention", "attention"),
+        ]
+        * 2,
+        *AFTER,
         *LAST,
     ],
     "fxfuse, own residual norms": step(

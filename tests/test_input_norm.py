@@ -4,6 +4,7 @@ terms lie in memory, else left where it is, without a word.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -333,11 +334,18 @@ def test_no_setting_gives_a_gpu_several_rows(setting: Any) -> None:
 
 def test_the_gate_gives_what_was_measured() -> None:
     def fused(
-        rows: int, dtype: str = "bfloat16", target: str = "cuda", arch: str = "sm_90"
+        rows: int,
+        dtype: str = "bfloat16",
+        target: str = "cuda",
+        arch: str = "sm_90",
+        hidden: int = 4096,
+        head_dim: int = 128,
     ) -> bool:
-        record = with_dtype(site(128, norm=PLAIN, store=cached(True)), dtype)
+        record = with_dtype(site(head_dim, norm=PLAIN, store=cached(True)), dtype)
+        record = dataclasses.replace(record, front=AddNorm(hidden, PLAIN, 2))
         return gate.decide(target, "input_norm", gate.Facts(rows, record, arch)).fuse
 
-    assert fused(1)
+    assert fused(1) and fused(1, hidden=1024) and fused(1, head_dim=64)
     assert not fused(2) and not fused(1, "float32") and not fused(1, target="cpu")
+    assert not fused(1, hidden=5120) and not fused(1, hidden=3840, head_dim=256)
     assert not any(fused(1, arch=arch) for arch in ("sm_80", "sm_100", "gfx942"))

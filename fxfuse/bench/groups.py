@@ -13,7 +13,7 @@ and so is everything but attention in a step that is not made so.
 import dataclasses
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,36 +36,42 @@ class Total:
 GROUPS = ("projection", "attention", "output", "mlp", "head", "other")
 
 # What a kernel is, by the first pattern found in its name. Inductor names its own kernels
-# triton_<sort>_fused_<ATen ops>_<number>; a template's sort is tem.
+# triton_<sort>_fused_<ATen ops>_<number>: poi is pointwise, per and red reduce, tem is a template.
+# The ops are those of what it reads, too: a kernel of the rotation names the product of its table.
 KINDS = {
-    "attention": re.compile(r"(?i)^(?!triton_(?!tem)).*(?:fmha|flash|attention|sdpa)"),
-    "projection": re.compile(r"project_norm_rope_store"),
-    "prelude": re.compile(r"norm_rope_store"),
+    "attention": re.compile(
+        r"(?i)^(?!triton_(?!tem)).*(?:fmha|flash|attention|sdpa|cudnn::fusion::\w*reduction)"
+    ),
+    "projection": re.compile(r"^project_norm_rope_store"),
+    "prelude": re.compile(r"^norm_rope_store"),
     "softmax": re.compile(r"(?i)^triton_.*_softmax_|softmax_?(?:warp_)?forward"),
     # The second kernel of a product whose sum is split.
     "sum": re.compile(r"(?i)splitkreduce"),
-    "batched": re.compile(r"^triton_(?:.*_)?(?:b|badd)mm_"),
+    "batched": re.compile(r"^triton_(?!poi)(?!.*_(?:neg|cos|sin)_)(?:.*_)?(?:b|badd)mm_"),
+    # Of float32, without tensor cores: the angles of a rotation.
+    "angles": re.compile(r"(?i)simt_sgemm"),
     "product": re.compile(
-        r"(?i)gemm|gemv|nvjet|cutlass|splitk|cublas|^triton_(?:.*_)?(?:add|scaled_)?mm_"
+        r"(?i)gemm|gemv|nvjet|cutlass|splitk|cublas|^triton_(?!poi)(?:.*_)?(?:add|scaled_)?mm_"
     ),
     "norm": re.compile(r"rms_norm|layer_norm|_(?:rsqrt|mean|pow|var_mean)_"),
 }
 PRODUCTS = ("projection", "product", "batched", "sum")
 
-# What a kernel behind the first product of q, k and v is for, by the first pattern found in its
-# name: heads are expanded by expand + clone, and one kernel that also rotates is neither.
-_ROTATES = "_(?:rsqrt|neg|cat|cos|sin)_"
+# What a kernel behind the first product of q, k and v is for, by the first of (group, pattern)
+# found in its name: what reduces norms heads, which are expanded by expand + clone, and a pointwise
+# kernel that also rotates, or makes angles, is neither.
 _EXPANDS = "_(?:expand|clone|repeat_interleave)_"
-BEHIND = {
-    "other": re.compile(rf"^(?=.*{_ROTATES})(?=.*{_EXPANDS})"),
-    "projection": re.compile(rf"norm_rope_store|{_ROTATES}|_(?:mean|pow|index_copy|index_put)_"),
-    "attention": re.compile(rf"{_EXPANDS}|_scaled_dot_product_\w*attention"),
-}
+BEHIND = (
+    ("projection", re.compile(r"norm_rope_store|^triton_(?:per|red)_.*_rsqrt_")),
+    ("other", re.compile(rf"^(?=.*_neg_)(?=.*{_EXPANDS})|_bmm_expand_")),
+    ("attention", re.compile(rf"{_EXPANDS}|_scaled_dot_product_\w*attention")),
+    ("projection", re.compile("_(?:rsqrt|neg|cat|cos|sin|mean|pow|index_copy|index_put)_")),
+)
 
 
 def grouped(names: Sequence[str], layers: int) -> list[str]:
     """A group for each kernel of a step; names in stream order."""
-    kinds = [_first(KINDS, name) for name in names]
+    kinds = [_first(KINDS.items(), name) for name in names]
     groups = ["attention" if kind == "attention" else "other" for kind in kinds]
     if "attention" not in kinds:
         kinds = _by_hand(names, kinds)
@@ -86,8 +92,8 @@ def grouped(names: Sequence[str], layers: int) -> list[str]:
     return groups
 
 
-def _first(patterns: dict[str, re.Pattern[str]], name: str) -> str:
-    return next((key for key, pattern in patterns.items() if pattern.search(name)), "other")
+def _first(patterns: Iterable[tuple[str, re.Pattern[str]]], name: str) -> str:
+    return next((key for key, pattern in patterns if pattern.search(name)), "other")
 
 
 def _by_hand(names: Sequence[str], kinds: Sequence[str]) -> list[str]:
