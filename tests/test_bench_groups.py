@@ -102,9 +102,9 @@ STEPS: dict[str, Step] = {
     ],
     "fxfuse, slots by the norm's kernel": [
         FIRST[0],
-        (NORM, "other"),
+        (NORM, "projection"),
         (SGEMM, "other"),
-        (EMBED + "_project_norm_rope_store_rsqrt_4", "projection"),
+        (EMBED + "_project_norm_rope_store_rsqrt_4", "other"),
         ("project_norm_rope_store", "projection"),
         ("decode_attention", "attention"),
         *[

@@ -53,7 +53,7 @@ KINDS = {
     "product": re.compile(
         r"(?i)gemm|gemv|nvjet|cutlass|splitk|cublas|^triton_(?!poi)(?:.*_)?(?:add|scaled_)?mm_"
     ),
-    "norm": re.compile(r"rms_norm|layer_norm|_(?:rsqrt|mean|pow|var_mean)_"),
+    "norm": re.compile(r"rms_norm|layer_norm|^(?!triton_poi).*_(?:rsqrt|mean|pow|var_mean)_"),
 }
 PRODUCTS = ("projection", "product", "batched", "sum")
 
