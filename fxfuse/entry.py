@@ -6,11 +6,13 @@ What compiles is imported by the first compile, so that having a backend costs n
 import dataclasses
 import threading
 from collections.abc import Sequence
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
+from fxfuse.garbage import collected_later
 from fxfuse.settings import Settings, is_disabled
 
 if TYPE_CHECKING:
@@ -45,7 +47,7 @@ class Backend:
         options: dict[str, Any] | None = None,
     ) -> Any:
         """Compile one Dynamo graph. mode and options are Inductor's."""
-        from fxfuse import compiling
+        compiling = what_compiles()
 
         def compile_graph(fused: fx.GraphModule, tag: str) -> Any:
             return self._compile(fused, list(example_inputs), mode, options, tag)
@@ -92,6 +94,13 @@ class Backend:
             if getattr(self.settings, f.name) != f.default
         }
         return f"fxfuse.Backend({', '.join(f'{k}={v!r}' for k, v in changed.items())})"
+
+
+def what_compiles() -> ModuleType:
+    """The module that compiles, imported by the first call."""
+    with collected_later():
+        from fxfuse import compiling
+    return compiling
 
 
 class Fresh(Backend):

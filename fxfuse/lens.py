@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 from torch.fx.node import map_aggregate
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from fxfuse.expansion import Made, Recorder, Ref, Template, describe, difference, fresh
 from fxfuse.slots import Call, Scalar, Size, Slot, View, slots_of
@@ -75,6 +75,7 @@ class _Lens:
         self.storages = 0
         self.autocast: list[tuple[Any, ...]] = []
         self.fake_mode = fake_mode_of(gm)
+        self.mapped: set[fx.Node] = set()
 
     def look(self) -> View:
         for node in self.gm.graph.nodes:
@@ -85,6 +86,9 @@ class _Lens:
 
     def _node(self, node: fx.Node) -> Any:
         example = node.meta.get("example_value")
+        tensors = _tensors(example)
+        if any(map(is_mapped, tensors)):
+            self.mapped.add(node)
         if node.op == "placeholder":
             return self._given(node, example)
         if node.op == "get_attr":
@@ -96,7 +100,7 @@ class _Lens:
             return self._region(node)
         if example is None and any(self._slots(node)):
             return self._call(node, None)
-        if not _has_tensor(example):
+        if not tensors:
             self._read(node)
             return Scalar(node, example) if isinstance(example, torch.SymFloat) else example
         if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
@@ -147,14 +151,14 @@ class _Lens:
 
     def _call(self, node: fx.Node, example: Any) -> Any:
         """Expand one call by its template; on any trouble it is opaque."""
-        if any(_is_mapped(n.meta.get("example_value")) for n in (node, *node.all_input_nodes)):
+        if not self.mapped.isdisjoint((node, *node.all_input_nodes)):
             return self._opaque(node, example, "inside a vmap")
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self.view.results[n])
         if node.op == "call_function" and node.target in WHOLE:
             return self._whole(node, args, kwargs, example)
         if isinstance(node.target, torch._ops.HigherOrderOperator) or node.op == "call_module":
             return self._opaque(node, example, f"{node.target} is not read")
-        flat, spec = tree_flatten((args, kwargs))
+        flat, spec = _flattened(args, kwargs)
         inputs = list(dict.fromkeys(x for x in flat if isinstance(x, Slot)))
         try:
             key = (node.op, node.target, spec, tuple(self.autocast), *_key(flat, inputs))
@@ -208,7 +212,7 @@ class _Lens:
                     fakes[x] if isinstance(x, Slot) else x.example if isinstance(x, Scalar) else x
                     for x in flat
                 ]
-                args, kwargs = tree_unflatten(live, spec)
+                args, kwargs = _unflattened(live, spec)
                 scalars = [x for x in flat if isinstance(x, Scalar)]
                 with self._autocast(), Recorder(list(fakes.values()), scalars) as recorder:
                     if node.op == "call_method":
@@ -271,6 +275,23 @@ _METADATA = frozenset(
 _AUTOCAST = (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)
 
 
+def _flattened(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], Any]:
+    """The arguments in a row, and what puts them back: how many have no name and the others' names,
+    or a TreeSpec where some are containers.
+    """
+    flat = [*args, *kwargs.values()]
+    if any(isinstance(x, (tuple, list, dict)) for x in flat):
+        return tree_flatten((args, kwargs))
+    return flat, (len(args), tuple(kwargs))
+
+
+def _unflattened(flat: list[Any], spec: Any) -> tuple[Any, Any]:
+    if isinstance(spec, TreeSpec):
+        return tuple(tree_unflatten(flat, spec))
+    count, names = spec
+    return tuple(flat[:count]), dict(zip(names, flat[count:], strict=True))
+
+
 def _key(flat: list[Any], inputs: list[Slot]) -> tuple[Any, ...]:
     """All an expansion can depend on: sizes as expressions, aliases by their first holder."""
     first: dict[int, int] = {}
@@ -296,12 +317,10 @@ def _constant_key(x: Any, numbers: dict[Slot, int]) -> Any:
     return (type(x), x)
 
 
-def _has_tensor(tree: Any) -> bool:
-    return any(isinstance(x, torch.Tensor) for x in tree_flatten(tree)[0])
-
-
-def _is_mapped(tree: Any) -> bool:
-    return any(isinstance(x, torch.Tensor) and is_mapped(x) for x in tree_flatten(tree)[0])
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    if isinstance(tree, torch.Tensor):
+        return [tree]
+    return [x for x in tree_flatten(tree)[0] if isinstance(x, torch.Tensor)]
 
 
 def look(gm: fx.GraphModule) -> View:

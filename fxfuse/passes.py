@@ -13,6 +13,7 @@ from torch import fx
 
 from fxfuse.checkpointed import checkpointed, with_bodies
 from fxfuse.functional import without_own_writes
+from fxfuse.garbage import collected_later
 from fxfuse.implied import guarded
 from fxfuse.lens import look
 from fxfuse.lowering import gate
@@ -49,7 +50,7 @@ def fuse_graph(
     """
     report = Report(graphs=1)
     try:
-        with _timed(report, "fxfuse"):
+        with _timed(report, "fxfuse"), collected_later():
             fused = _fuse(gm, settings, report, kinds or kind_of)
             if settings.checks_sites():
                 fused = _watched(fused)

@@ -54,6 +54,10 @@ class _Editor:
     ) -> None:
         self.graph, self.view, self.nodes, self.fake_mode = graph, view, nodes, fake_mode
         self.holder = view.holders()
+        self.named: dict[Slot, list[fx.Node]] = {}
+        for node, result in view.results.items():
+            if isinstance(result, Slot):
+                self.named.setdefault(result, []).append(node)
         calls = {n for n in view.results if n.op in ("call_function", "call_method")}
         writing = {c.node for c in view.calls if c.writes or c.op is None}
         self.pure = {nodes[n] for n in calls - writing if slots_of(view.results[n])}
@@ -250,7 +254,7 @@ class _Editor:
         A user that asks for nothing but metadata (`size`, `type_as`) may stand before the op and
         keeps the old node, whose numbers nobody computes then.
         """
-        same = {self.nodes[n] for n, result in self.view.results.items() if result is slot}
+        same = {self.nodes[n] for n in self.named.get(slot, ())}
         readers = self.readers.get(slot, set()) - same - but
         # Where the new node would come too late for them nobody reads them either.
         unread = {node for node in readers if not node.users and node in self.pure}

@@ -1,6 +1,7 @@
 """Tensors and calls as the lens sees them."""
 
 import dataclasses
+import functools
 from typing import Any, TypeAlias
 
 import torch
@@ -52,8 +53,13 @@ class Call:
     outs: tuple[Slot, ...] = ()
     writes: tuple[Slot, ...] = ()
 
-    def inputs(self) -> list[Slot]:
-        return slots_of((self.args, self.kwargs))
+    def inputs(self) -> tuple[Slot, ...]:
+        """The slots in the arguments, in order."""
+        return self._inputs
+
+    @functools.cached_property
+    def _inputs(self) -> tuple[Slot, ...]:
+        return tuple(slots_of((self.args, self.kwargs)))
 
 
 def slots_of(tree: Any) -> list[Slot]:

@@ -12,6 +12,7 @@ import torch
 from torch import fx
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -41,9 +42,10 @@ def copy_graph(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
 
 def with_graph(gm: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
     """A module like gm over another graph: the same parameters, and all that Dynamo notes on the
-    module.
+    module. As Dynamo's own, it writes its code where that is run, which Inductor does not do.
     """
-    module = fx.GraphModule(gm, graph)
+    with _use_lazy_graph_module(True):
+        module = _make_graph_module(gm, graph)
     module.meta = dict(gm.meta)
     for name, attribute in gm.__dict__.items():
         module.__dict__.setdefault(name, attribute)

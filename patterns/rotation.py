@@ -1,14 +1,14 @@
 """Rotations: for each output channel the products that make it up, paired into a `Rotation`."""
 
 import dataclasses
+from typing import NamedTuple
 
 from fxfuse.patterns.access import Refused
 from fxfuse.patterns.record import Pair, Pass, Rotation
 from fxfuse.patterns.value import Leaf
 
 
-@dataclasses.dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """One product that makes up an output channel."""
 
     coefficient: float
@@ -39,10 +39,11 @@ def pair_up(
     if len(sizes) != 1:
         raise Refused(f"channels of different scale: {sorted(sizes)}")
     scale = sizes.pop()
-    plain = [i for i, row in enumerate(entries) if len(row) == 1 and row[0].table is None]
+    plain: list[int] = []
     turned: dict[frozenset[int], list[int]] = {}
     for i, row in enumerate(entries):
-        if i in plain:
+        if len(row) == 1 and row[0].table is None:
+            plain.append(i)
             continue
         if len(row) != 2 or any(e.table is None for e in row):
             raise Refused(f"channel {i} is no rotation of two channels")
@@ -71,8 +72,7 @@ def pair_up(
     return rotation, _passes(entries, plain), scale, *first.tables
 
 
-@dataclasses.dataclass(frozen=True)
-class _Turn:
+class _Turn(NamedTuple):
     x: tuple[int, int]
     y: tuple[int, int]
     cos: tuple[int, int]
@@ -112,17 +112,18 @@ def _pair(entries: list[list[Entry]], outputs: list[int]) -> _Turn:
 
 def _matrix(entries: list[list[Entry]], i: int, j: int) -> _Turn | None:
     """Two outputs by a 2 x 2 matrix of one table, which has the signs inside."""
+    table = entries[i][0].table
+    if table is None or table.part or any(e.table is not table for k in (i, j) for e in entries[k]):
+        return None
     rows = [sorted(entries[k], key=lambda e: e.channel) for k in (i, j)]
     (c0, s0), (s1, c1) = rows
     every = (c0, s0, s1, c1)
-    one_table = len({e.table for e in every}) == 1 and c0.table is not None
-    distinct = len({e.place for e in every}) == 4 and c0.channel != s0.channel
-    if not one_table or c0.table is None or c0.table.part or not distinct:
+    if len({e.place for e in every}) < 4 or c0.channel == s0.channel:
         return None
     if any(e.coefficient < 0 for e in every):
         return None
     places = (c0.place, c1.place), (s0.place, s1.place)
-    return _Turn((c0.channel, s0.channel), (i, j), *places, (1, 1), (c0.table, c0.table))
+    return _Turn((c0.channel, s0.channel), (i, j), *places, (1, 1), (table, table))
 
 
 def _same_table(a: Entry, b: Entry) -> bool:
