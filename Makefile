@@ -38,7 +38,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# prelude, projection, diffusion, rope_store, packed, mrope, qk_norm, add_norm, grouped_heads or e2e.
+# prelude, projection, input_norm, diffusion, rope_store, packed, mrope, qk_norm, add_norm, grouped_heads or e2e.
 bench: $(READY)
 	$(BIN)/fxfuse bench $(RECIPE)
 
