@@ -70,6 +70,18 @@ ADVICE = (
         "describe an op of another library once, by fxfuse.register_store",
     ),
     Advice(
+        ("DataDependent",),
+        "indices that are numbers, slices, or tensors of one dim or more",
+        "take a part by a number, kv[0, slots]: a tensor of no dims is a number that only running "
+        "tells",
+    ),
+    Advice(
+        ("^the call ",),
+        "calls of torch that make the same of tensors without numbers",
+        "write by index_copy_ or cache[slots] = k, or describe an op of another library once, by "
+        "fxfuse.register_store",
+    ),
+    Advice(
         ("registered for", "without a tensor", "scale that is no tensor", r"wanted \[T, G, D\]"),
         "the call that fxfuse.register_store was told of",
         "compare the op's arguments here with its contract, and register it as it is called",

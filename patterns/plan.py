@@ -331,7 +331,8 @@ class _Planner:
                 grows = grows and call not in self.stores.joints
                 reason = "a cache that grows by cat is made anew, not written to" if grows else None
             elif reason is None and any(w.storage != source.storage for w in call.writes):
-                reason = f"{call.op} is no cache write that is known"
+                why = self.reading.view.opaque.get(call.node)
+                reason = f"the call {why}" if why else f"{call.op} is no cache write that is known"
             if reason is not None:
                 node = call.node
                 self.plan.refusals.append(Refusal("store", node.name, reason, location(node)))

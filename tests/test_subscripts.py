@@ -187,6 +187,20 @@ def test_a_part_that_is_taken_by_steps_is_told() -> None:
     assert "calls of its own" in report.refused[0].do
 
 
+def by_tensors_of_no_dims(kv: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
+    kv[torch.tensor(0), slots] = k
+    kv[torch.tensor(1), slots] = v
+
+
+@pytest.mark.null
+def test_a_part_that_only_running_tells_is_told() -> None:
+    report = stored(by_tensors_of_no_dims, FLAT)
+    assert [f.stages for f in report.fused] == [(ROPE,)]
+    (refusal,) = report.refused
+    assert refusal.stage == "store" and "DataDependent" in refusal.reason
+    assert "kv[0, slots]" in refusal.do
+
+
 # --- by the kernel -----------------------------------------------------------------------------
 
 
