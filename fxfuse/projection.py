@@ -37,10 +37,9 @@ def project_norm_rope_store_(
         where it is not kept.
     Layout: any strides; a weight's last axis is contiguous where a kernel takes it.
     Dtypes: x, residual and the weights of the products of one floating dtype; x_weight any.
-    Rounding: the sum to its dtype; the normed x, q, k and v are not rounded where a kernel makes
-        them, but for the factors that tensor cores multiply (several tokens: the sum times
-        x_weight, to x's dtype); in eager code, and where the products are the compiler's own, to
-        x's dtype.
+    Rounding: the sum to its dtype; the normed x (of one token), q, k and v are not rounded where a
+        kernel makes them; in eager code, and where the products are the compiler's own, to x's
+        dtype.
     Mutates: k_cache and v_cache, at the slots alone. Not differentiable.
     Errors: ValueError where shapes and record disagree.
     Source: the projections of an attention layer, as torch.nn.functional.linear has them.
