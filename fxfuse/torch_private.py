@@ -1,6 +1,6 @@
 """Every touch of a private torch API by the graph side of fxfuse, in one place.
 
-Tried on torch 2.11 and 2.13. The lowering side has its own such module, fxfuse.lowering.inductor.
+Tried on torch 2.11, 2.13 and 2.15. The lowering side has its own such module, fxfuse.lowering.inductor.
 """
 
 import contextlib

@@ -49,7 +49,8 @@ def found() -> Iterator[tuple[str, str]]:
     yield "fxfuse", f"{fxfuse.__version__}, {os.path.dirname(fxfuse.__file__)}"
     yield "python", f"{platform.python_version()}, {platform.system()} {platform.machine()}"
     for package in PACKAGES:
-        yield package, version(package)
+        # What torch says of itself names its build too.
+        yield package, str(torch.__version__) if package == "torch" else version(package)
     yield "CPU", f"{os.cpu_count()} cores, {torch.get_num_threads()} threads; {_lowers('cpu')}"
     for index in range(torch.cuda.device_count()):
         at = torch.cuda.get_device_properties(index)
