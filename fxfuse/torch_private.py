@@ -1,6 +1,7 @@
 """Every touch of a private torch API by the graph side of fxfuse, in one place.
 
-Tried on torch 2.11, 2.13 and 2.15. The lowering side has its own such module, fxfuse.lowering.inductor.
+Tried on torch 2.11, 2.13 and 2.15 (lazy graph modules on the last two). The lowering side has its
+own such module, fxfuse.lowering.inductor.
 """
 
 import contextlib
