@@ -8,7 +8,7 @@ from contextlib import contextmanager
 @contextmanager
 def collected_later() -> Iterator[None]:
     """No garbage is collected inside, by any thread: a look through all objects of a process that
-    holds a model takes a third as long as the passes, and little of what these make is garbage.
+    holds a model takes 0.2 to 0.3 s, and little of what the passes make is garbage.
     """
     was = gc.isenabled()
     gc.disable()

@@ -82,7 +82,7 @@ def _planned(
     call: dict[str, Any], operands: dict[str, Operand | None], record: Record, tokens: int
 ) -> launch.Launch | None:
     """The launch; None where the projection's kernel is asked for other sizes than numbers, or for
-    a norm in front of several rows.
+    more rows with a norm in front than it takes.
     """
     like, eps = call["x" if record.projected else "q"], (call["q_eps"], call["k_eps"])
     target = arch_of(like.get_device())
@@ -93,7 +93,7 @@ def _planned(
     if not all(isinstance(n, int) for n in sizes) or heads > inductor.COUNTERS:
         return None
     rows = math.prod(like.get_size()[:2])
-    if record.front is not None and rows > 1:
+    if record.front is not None and rows > projection_launch.NORMED_ROWS:
         return None
     shape = projection_launch.sums_shape(operands, rows)
     operands["sums"] = inductor.operand(inductor.empty(like, shape, torch.float32))
