@@ -15,20 +15,25 @@ from tests.models.tiny import assert_close, build, relative_error, static_cache,
 peft = pytest.importorskip("peft", reason="peft is installed by `make test`")
 
 IDS, SITES = token_ids(7), 1
+ON_GPU = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm GPU"),
+]
 COMPILERS = pytest.mark.parametrize(
-    "compiler",
+    ("device", "compiler"),
     [
-        pytest.param("eager", marks=pytest.mark.null),
-        pytest.param("inductor", marks=[pytest.mark.cpu, pytest.mark.long]),
+        pytest.param("cpu", "eager", marks=pytest.mark.null),
+        pytest.param("cpu", "inductor", marks=[pytest.mark.cpu, pytest.mark.long]),
+        pytest.param("cuda", "inductor", marks=ON_GPU),
     ],
 )
 
 
-def plain_model() -> Any:
-    return build(FAMILIES["qwen3"], num_hidden_layers=SITES)
+def plain_model(device: str = "cpu") -> Any:
+    return build(FAMILIES["qwen3"], num_hidden_layers=SITES).to(device)
 
 
-def adapted(*names: str) -> Any:
+def adapted(*names: str, device: str = "cpu") -> Any:
     """A tiny Qwen3 with an adapter of each name on its projections, none of them without effect."""
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj"])
     model = peft.get_peft_model(plain_model(), config, adapter_name=names[0])
@@ -39,12 +44,12 @@ def adapted(*names: str) -> Any:
         for name, weight in model.named_parameters():
             if "lora_B" in name:
                 weight.copy_(torch.randn(weight.shape, generator=generator) * 0.2)
-    return model.eval()
+    return model.eval().to(device)
 
 
 @torch.no_grad()
 def logits(model: Any) -> Tensor:
-    return model(IDS, use_cache=False).logits
+    return model(IDS.to(model.device), use_cache=False).logits
 
 
 class Compiled:
@@ -60,17 +65,17 @@ class Compiled:
 
 
 @COMPILERS
-def test_an_adapter_is_added(compiler: str) -> None:
-    model = adapted("one")
-    want, plain = logits(model), logits(plain_model())
+def test_an_adapter_is_added(device: str, compiler: str) -> None:
+    model = adapted("one", device=device)
+    want, plain = logits(model), logits(plain_model(device))
     got, sites = Compiled(model, compiler)()
     assert sites == SITES and relative_error(want, plain) > 0.05
     assert_close(got, want, "with an adapter")
 
 
 @COMPILERS
-def test_an_adapter_is_merged_and_taken_out_again(compiler: str) -> None:
-    model = adapted("one")
+def test_an_adapter_is_merged_and_taken_out_again(device: str, compiler: str) -> None:
+    model = adapted("one", device=device)
     want = logits(model)
     run = Compiled(model, compiler)
     assert_close(run()[0], want, "before")
@@ -87,8 +92,8 @@ def test_an_adapter_is_merged_and_taken_out_again(compiler: str) -> None:
 
 
 @COMPILERS
-def test_adapters_are_swapped(compiler: str) -> None:
-    model = adapted("one", "two")
+def test_adapters_are_swapped(device: str, compiler: str) -> None:
+    model = adapted("one", "two", device=device)
     run, wanted = Compiled(model, compiler), []
     for name in ("one", "two", "one"):
         model.set_adapter(name)
@@ -139,20 +144,20 @@ def test_an_adapter_is_trained() -> None:
         assert_close(got[name], gradient, name, tolerance=1e-5)
 
 
-@pytest.mark.null
+@COMPILERS
 @torch.no_grad()
-def test_a_projection_with_an_adapter_stays_and_says_so() -> None:
+def test_a_projection_with_an_adapter_stays_and_says_so(device: str, compiler: str) -> None:
     """A decode step, where projections of plain weights are taken into their sites: so is one that
     an adapter was merged into.
     """
-    model, ids = adapted("one"), token_ids(1)
+    model, ids = adapted("one", device=device), token_ids(1).to(device)
 
     def logits(run: Any) -> Tensor:
         cache = static_cache(model.get_base_model())
         return run(input_ids=ids, past_key_values=cache, use_cache=True).logits
 
     want = logits(model)
-    backend = fxfuse.Backend(compiler="eager", gate="always", strict=True)
+    backend = fxfuse.Backend(compiler=compiler, gate="always", strict=True)
     compiled = torch.compile(model, backend=backend)
     projected = []
     for reasons in (["a projection that is no plain linear: aten.add.Tensor"], []):
