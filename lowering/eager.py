@@ -85,8 +85,7 @@ def with_stride_arguments(plan: launch.Launch) -> launch.Launch:
     have, compile nothing anew.
     """
     constants = dict(plan.constants)
-    named = [f"stride_{prefix}{axis}" for prefix, axes in launch.AXES.items() for axis in axes]
-    strides = dict(zip(named, constants.pop("STRIDES"), strict=True))
+    strides = launch.stride_arguments(constants.pop("STRIDES"))
     return dataclasses.replace(
         plan, kernel="norm_rope_store", arguments=plan.arguments | strides, constants=constants
     )

@@ -1,6 +1,6 @@
 """The kernel's stores: rows of results, and rows cast to a cache's numbers at their slots' place.
 
-CACHE is the flat constexpr tuple of a cache, written by `launch_stores.constants`:
+CACHE is the flat constexpr tuple of a cache, written by `launch_stores.caches`:
          indices, negative (0 invalid, 1 wrap, 2 skip); then of each of three indices operand
          (0 slots, 1 offsets), divisor, modulus, whether it is checked against its axis; from 14 on
          size of the split channels' inner axis, format (0 the pointer's, 1 e4m3fn, 2 e5m2,

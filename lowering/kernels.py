@@ -5,7 +5,9 @@ loaded and stored apart: first and second members of the rotated pairs, and up t
 through; a block of length 0 touches no memory. Whatever a program reads it asks for before its
 first sum, and a token's slot is used last: few tokens wait for one memory latency, not for three.
 
-What a record says comes as flat constexpr tuples, written by `launch.plan`:
+What a record says comes as constexpr tuples, written by `launch.plan`:
+SITE    the STREAM of q, of k and of v; the ROW of each; whether k is a result; the CACHE of k and
+        of v; rows of the tables where positions are looked up, else 0; AXES; tokens of a program
 STREAM  programs, heads, channels, norm (0 none, 1 before, 2 after the rotation), statistic (0 none,
         1 rms, 2 l2, 3 layer), dims of the weight, offset of the weight, has_scale, scale,
         heads_first, dims of the bias, heads of a program
@@ -191,8 +193,9 @@ def heads_of(i_block, HEADS: tl.constexpr, TOTAL: tl.constexpr):
 
 
 @triton.jit
-def block_of_program(PROGRAMS: tl.constexpr, SINGLE: tl.constexpr):
+def block_of_program(SITE: tl.constexpr, SINGLE: tl.constexpr):
     """Batch row, block of tokens and block of heads of a program."""
+    PROGRAMS: tl.constexpr = SITE[0][0] + SITE[1][0] + SITE[2][0]
     if SINGLE:
         block = 0, tl.cast(0, tl.int64), tl.program_id(0)
     else:
@@ -202,19 +205,27 @@ def block_of_program(PROGRAMS: tl.constexpr, SINGLE: tl.constexpr):
 
 
 @triton.jit
-def tile(
-    q_ptr, k_ptr, v_ptr, q_out_ptr, k_out_ptr, k_cache_ptr, v_cache_ptr, slots_ptr, offsets_ptr,
-    positions_ptr, k_cache_scale_ptr, v_cache_scale_ptr,
-    q_weight_ptr, k_weight_ptr, q_bias_ptr, k_bias_ptr, q_scale_ptr, k_scale_ptr, cos_ptr, sin_ptr,
-    strides, q_eps, k_eps, T, sizes, block,
-    Q: tl.constexpr, K: tl.constexpr, V: tl.constexpr, Q_ROW: tl.constexpr,
-    K_ROW: tl.constexpr, V_ROW: tl.constexpr, K_KEEP: tl.constexpr, K_CACHE: tl.constexpr,
-    V_CACHE: tl.constexpr, LOOKUP: tl.constexpr, AXES: tl.constexpr, TOKENS: tl.constexpr,
-):  # fmt: skip
+def tile(rows, caches, factors, tables, strides, eps, T, sizes, block, SITE: tl.constexpr):
     """One tile of q, k or v; strides = those of q, k, v, q_scale, k_scale, cos, sin, k_cache,
     v_cache, slots, offsets, positions, k_cache_scale and v_cache_scale; sizes = those of the
     indexed axes of both caches; block = batch row, block of tokens and block of heads.
     """
+    Q: tl.constexpr = SITE[0]
+    K: tl.constexpr = SITE[1]
+    V: tl.constexpr = SITE[2]
+    Q_ROW: tl.constexpr = SITE[3]
+    K_ROW: tl.constexpr = SITE[4]
+    V_ROW: tl.constexpr = SITE[5]
+    K_CACHE: tl.constexpr = SITE[7]
+    V_CACHE: tl.constexpr = SITE[8]
+    LOOKUP: tl.constexpr = SITE[9]
+    AXES: tl.constexpr = SITE[10]
+    TOKENS: tl.constexpr = SITE[11]
+    q_ptr, k_ptr, v_ptr, q_out_ptr, k_out_ptr = rows
+    k_cache_ptr, v_cache_ptr, slots_ptr, offsets_ptr, k_cache_scale_ptr, v_cache_scale_ptr = caches
+    q_weight_ptr, k_weight_ptr, q_bias_ptr, k_bias_ptr, q_scale_ptr, k_scale_ptr = factors
+    cos_ptr, sin_ptr, positions_ptr = tables
+    q_eps, k_eps = eps
     s_q, s_k, s_v, s_qs, s_ks, s_cos, s_sin, s_kc, s_vc, s_slot, s_off, s_p, s_kcs, s_vcs = strides
     i_b, i_t, i_block = block
     # Everything that meets a stride is int64: caches pass 2^31 elements.
@@ -260,7 +271,7 @@ def tile(
                 cos_ptr, sin_ptr, o_h, m_h, m_t, m_r,
                 s_k[3], s_cos[2], s_sin[2], k_eps, K, K_ROW,
             )  # fmt: skip
-            if K_KEEP:
+            if SITE[6]:
                 o_row = (i_b * K[1] + o_h) * n_t + o_t if K[9] else (i_b * n_t + o_t) * K[1] + o_h
                 store_row(k_out_ptr + o_row * K[2], row, m_t & m_h, 1, 0, 1, K_ROW)
             if K_CACHE[0] > 0:
@@ -301,18 +312,14 @@ def norm_rope_store(
     stride_slotb, stride_slott, stride_offb, stride_offt, stride_pb, stride_pt, stride_pa,
     stride_kcsb, stride_kcst, stride_kcsh, stride_vcsb, stride_vcst, stride_vcsh,
     q_eps, k_eps, T, k_size_0, k_size_1, k_size_2, v_size_0, v_size_1, v_size_2,
-    Q: tl.constexpr, K: tl.constexpr, V: tl.constexpr, Q_ROW: tl.constexpr,
-    K_ROW: tl.constexpr, V_ROW: tl.constexpr,
-    K_KEEP: tl.constexpr, K_CACHE: tl.constexpr, V_CACHE: tl.constexpr,
-    LOOKUP: tl.constexpr, AXES: tl.constexpr, SINGLE: tl.constexpr,
-    TOKENS: tl.constexpr,
+    SITE: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
-    """A program does TOKENS tokens of some heads of q, k or v of one batch row.
+    """A program does a few tokens of some heads of q, k or v of one batch row.
 
-    Grid: (ceil(T / TOKENS) * programs of q, k, v, B); the programs of a token are neighbours.
+    Grid: (blocks of tokens * programs of q, k, v, B); the programs of a token are neighbours.
     Reads: q, k, v by their strides; tables, weights and scales once a program; the tokens' slots.
-    Writes: q_out, k_out where K_KEEP, caches where K_CACHE has indices and V programs; nothing
-    outside a cache.
+    Writes: q_out, k_out where it is a result, caches where k's CACHE has indices and v programs;
+    nothing outside a cache.
     Numerics: float32 from load to store, one rounding.
     """
     strides = (
@@ -325,29 +332,19 @@ def norm_rope_store(
         (stride_slotb, stride_slott), (stride_offb, stride_offt), (stride_pb, stride_pt, stride_pa),
         (stride_kcsb, stride_kcst, stride_kcsh), (stride_vcsb, stride_vcst, stride_vcsh),
     )  # fmt: skip
-    sizes = ((k_size_0, k_size_1, k_size_2), (v_size_0, v_size_1, v_size_2))
-    block = block_of_program(Q[0] + K[0] + V[0], SINGLE)
-    tile(
-        q_ptr, k_ptr, v_ptr, q_out_ptr, k_out_ptr, k_cache_ptr, v_cache_ptr, slots_ptr, offsets_ptr,
-        positions_ptr, k_cache_scale_ptr, v_cache_scale_ptr, q_weight_ptr, k_weight_ptr,
-        q_bias_ptr, k_bias_ptr, q_scale_ptr, k_scale_ptr,
-        cos_ptr, sin_ptr,
-        strides, q_eps, k_eps, T, sizes, block, Q, K, V, Q_ROW, K_ROW, V_ROW,
-        K_KEEP, K_CACHE, V_CACHE, LOOKUP, AXES, TOKENS,
-    )  # fmt: skip
+    sizes = (k_size_0, k_size_1, k_size_2), (v_size_0, v_size_1, v_size_2)
+    rows = q_ptr, k_ptr, v_ptr, q_out_ptr, k_out_ptr
+    caches = k_cache_ptr, v_cache_ptr, slots_ptr, offsets_ptr, k_cache_scale_ptr, v_cache_scale_ptr
+    factors = q_weight_ptr, k_weight_ptr, q_bias_ptr, k_bias_ptr, q_scale_ptr, k_scale_ptr
+    tables = cos_ptr, sin_ptr, positions_ptr
+    block = block_of_program(SITE, SINGLE)
+    tile(rows, caches, factors, tables, strides, (q_eps, k_eps), T, sizes, block, SITE)
 
 
 @triton.jit
 def static_tile(
-    q_ptr, k_ptr, v_ptr, q_out_ptr, k_out_ptr, k_cache_ptr, v_cache_ptr, slots_ptr, offsets_ptr,
-    positions_ptr, k_cache_scale_ptr, v_cache_scale_ptr,
-    q_weight_ptr, k_weight_ptr, q_bias_ptr, k_bias_ptr, q_scale_ptr, k_scale_ptr, cos_ptr, sin_ptr,
-    q_eps, k_eps, T, k_size_0, k_size_1, k_size_2, v_size_0, v_size_1, v_size_2, block,
-    STRIDES: tl.constexpr,
-    Q: tl.constexpr, K: tl.constexpr, V: tl.constexpr, Q_ROW: tl.constexpr,
-    K_ROW: tl.constexpr, V_ROW: tl.constexpr, K_KEEP: tl.constexpr, K_CACHE: tl.constexpr,
-    V_CACHE: tl.constexpr, LOOKUP: tl.constexpr, AXES: tl.constexpr, TOKENS: tl.constexpr,
-):  # fmt: skip
+    rows, caches, factors, tables, eps, T, sizes, block, STRIDES: tl.constexpr, SITE: tl.constexpr
+):
     """tile where every stride is a number."""
     strides = (
         (STRIDES[0], STRIDES[1], STRIDES[2], STRIDES[3]),
@@ -361,15 +358,7 @@ def static_tile(
         (STRIDES[42], STRIDES[43], STRIDES[44]), (STRIDES[45], STRIDES[46], STRIDES[47]),
         (STRIDES[48], STRIDES[49], STRIDES[50]),
     )  # fmt: skip
-    sizes = ((k_size_0, k_size_1, k_size_2), (v_size_0, v_size_1, v_size_2))
-    tile(
-        q_ptr, k_ptr, v_ptr, q_out_ptr, k_out_ptr, k_cache_ptr, v_cache_ptr, slots_ptr, offsets_ptr,
-        positions_ptr, k_cache_scale_ptr, v_cache_scale_ptr, q_weight_ptr, k_weight_ptr,
-        q_bias_ptr, k_bias_ptr, q_scale_ptr, k_scale_ptr,
-        cos_ptr, sin_ptr,
-        strides, q_eps, k_eps, T, sizes, block, Q, K, V, Q_ROW, K_ROW, V_ROW,
-        K_KEEP, K_CACHE, V_CACHE, LOOKUP, AXES, TOKENS,
-    )  # fmt: skip
+    tile(rows, caches, factors, tables, strides, eps, T, sizes, block, SITE)
 
 
 @triton.jit
@@ -378,21 +367,16 @@ def norm_rope_store_static(
     positions_ptr, k_cache_scale_ptr, v_cache_scale_ptr,
     q_weight_ptr, k_weight_ptr, q_bias_ptr, k_bias_ptr, q_scale_ptr, k_scale_ptr, cos_ptr, sin_ptr,
     q_eps, k_eps, T, k_size_0, k_size_1, k_size_2, v_size_0, v_size_1, v_size_2,
-    STRIDES: tl.constexpr,
-    Q: tl.constexpr, K: tl.constexpr, V: tl.constexpr, Q_ROW: tl.constexpr,
-    K_ROW: tl.constexpr, V_ROW: tl.constexpr,
-    K_KEEP: tl.constexpr, K_CACHE: tl.constexpr, V_CACHE: tl.constexpr,
-    LOOKUP: tl.constexpr, AXES: tl.constexpr, SINGLE: tl.constexpr,
-    TOKENS: tl.constexpr,
+    STRIDES: tl.constexpr, SITE: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
     """norm_rope_store where every stride is a number: fewer arguments and registers (on an H200
     0.07 of 1.4 microseconds for one token, 0.25 of 3.4 for 256).
     """
-    block = block_of_program(Q[0] + K[0] + V[0], SINGLE)
-    static_tile(
-        q_ptr, k_ptr, v_ptr, q_out_ptr, k_out_ptr, k_cache_ptr, v_cache_ptr, slots_ptr, offsets_ptr,
-        positions_ptr, k_cache_scale_ptr, v_cache_scale_ptr, q_weight_ptr, k_weight_ptr,
-        q_bias_ptr, k_bias_ptr, q_scale_ptr, k_scale_ptr, cos_ptr, sin_ptr, q_eps, k_eps, T,
-        k_size_0, k_size_1, k_size_2, v_size_0, v_size_1, v_size_2, block, STRIDES,
-        Q, K, V, Q_ROW, K_ROW, V_ROW, K_KEEP, K_CACHE, V_CACHE, LOOKUP, AXES, TOKENS,
-    )  # fmt: skip
+    rows = q_ptr, k_ptr, v_ptr, q_out_ptr, k_out_ptr
+    caches = k_cache_ptr, v_cache_ptr, slots_ptr, offsets_ptr, k_cache_scale_ptr, v_cache_scale_ptr
+    factors = q_weight_ptr, k_weight_ptr, q_bias_ptr, k_bias_ptr, q_scale_ptr, k_scale_ptr
+    tables = cos_ptr, sin_ptr, positions_ptr
+    sizes = (k_size_0, k_size_1, k_size_2), (v_size_0, v_size_1, v_size_2)
+    block = block_of_program(SITE, SINGLE)
+    eps = q_eps, k_eps
+    static_tile(rows, caches, factors, tables, eps, T, sizes, block, STRIDES, SITE)

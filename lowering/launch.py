@@ -7,7 +7,8 @@ no numbers) is an argument; what the record says, and strides that are numbers, 
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from fxfuse.lowering import launch_stores
@@ -47,31 +48,33 @@ def plan(
     heads, kv_heads = int(q.shape[2]), int((k or v or q).shape[2])
     rows = tokens * (heads + sum(kv_heads for x in (k, v) if x))
     tile = tile or tile_for(target, rows, _kind_of(record, operands))
-    constants = dict(record_constants(record))
-    programs = []
-    for name, stream, x in (("Q", record.q, q), ("K", record.k, k), ("V", record.v, v)):
+    programs, of_streams, of_rows = [], [], []
+    for name, stream, x in (("q", record.q, q), ("k", record.k, k), ("v", record.v, v)):
         count = int(x.shape[2]) if x else 0
         each = min(tile.heads, power_above(count))
         programs.append(-(-count // each))
-        weights = [operands.get(f"{name.lower()}_{part}") for part in ("weight", "bias")]
-        constants[name] = (*_stream(stream or record.q, programs[-1], count, *weights), each)
-        constants[f"{name}_ROW"] = _row(stream or record.q)
-    constants |= launch_stores.constants(record, operands)
-    constants |= {"LOOKUP": _table_rows(operands), "AXES": axis_runs(record)}
-    constants |= {"TOKENS": tile.tokens, "SINGLE": q.shape[:2] == (1, 1)}
+        weights = [operands.get(f"{name}_{part}") for part in ("weight", "bias")]
+        of_streams.append((*_stream(stream or record.q, programs[-1], count, *weights), each))
+        of_rows.append(_row(stream or record.q))
+    keeps = bool(record.k and record.k.keep)
+    of_caches = launch_stores.caches(record, operands)
+    tables = (_table_rows(operands), axis_runs(record))
+    site = (*of_streams, *of_rows, keeps, *of_caches, *tables, tile.tokens)
+    constants: dict[str, Any] = {"SITE": site, "SINGLE": q.shape[:2] == (1, 1)}
     grid = (ceil_div(q.shape[1], tile.tokens) * sum(programs), q.shape[0])
-    pointers, strides = _pointers(operands), _strides(record, operands)
-    arguments = pointers | _scalars(record, operands, eps)
-    numbers = [n for part in strides.values() for n in part]
-    if all(isinstance(n, int) for n in numbers):
-        constants["STRIDES"] = tuple(numbers)
+    arguments = _pointers(operands) | _scalars(record, operands, eps)
+    strides = _strides(record, operands)
+    if all(isinstance(n, int) for part in strides for n in part):
+        constants["STRIDES"] = tuple(itertools.chain(*strides))
         return Launch("norm_rope_store_static", arguments, constants, grid, tile.warps)
-    named = {
-        f"stride_{prefix}{axis}": n
-        for prefix, part in strides.items()
-        for axis, n in zip(AXES[prefix], part, strict=True)
-    }
-    return Launch("norm_rope_store", arguments | named, constants, grid, tile.warps)
+    arguments |= stride_arguments(itertools.chain(*strides))
+    return Launch("norm_rope_store", arguments, constants, grid, tile.warps)
+
+
+def stride_arguments(strides: Iterable[Size]) -> dict[str, Size]:
+    """Strides as arguments by name."""
+    names = [f"stride_{prefix}{axis}" for prefix, axes in AXES.items() for axis in axes]
+    return dict(zip(names, strides, strict=True))
 
 
 def kernel_of(name: str) -> Any:
@@ -188,8 +191,10 @@ def _scalars(
     return scalars | launch_stores.sizes(record, operands)
 
 
-def _strides(record: Record, operands: Mapping[str, Operand | None]) -> dict[str, tuple[Size, ...]]:
-    """Strides by AXES; those of an absent operand are 0."""
+def _strides(
+    record: Record, operands: Mapping[str, Operand | None]
+) -> tuple[tuple[Size, ...], ...]:
+    """Strides in the order of AXES; those of an absent operand are 0."""
 
     def of(name: str, read: Callable[[Operand], tuple[Size, ...]]) -> tuple[Size, ...] | None:
         operand = operands.get(name)
@@ -222,16 +227,7 @@ def _strides(record: Record, operands: Mapping[str, Operand | None]) -> dict[str
         "kcs": of("k_cache_scale", lambda o: o.steps(3)),
         "vcs": of("v_cache_scale", lambda o: o.steps(3)),
     }
-    return {prefix: part or (0,) * len(AXES[prefix]) for prefix, part in found.items()}
-
-
-@functools.cache
-def record_constants(record: Record) -> dict[str, Any]:
-    """The kernel's constexprs that the record alone decides."""
-    k = record.k
-    return {
-        "K_KEEP": bool(k and k.keep),
-    }
+    return tuple(found[prefix] or (0,) * len(axes) for prefix, axes in AXES.items())
 
 
 NOWHERE = Pair(0, 0, 1)

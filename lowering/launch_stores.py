@@ -23,18 +23,18 @@ PAST = {
 }
 
 
-def constants(record: Record, operands: Mapping[str, Operand | None]) -> dict[str, Any]:
+def caches(
+    record: Record, operands: Mapping[str, Operand | None]
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """The kernel's CACHE tuples of k and v."""
     store = record.store
     if store is None or operands.get("k_cache") is None:
-        return {"K_CACHE": _NONE, "V_CACHE": _NONE}
-    found = {}
+        return _NONE, _NONE
+    found = []
     for name, layout in (("k", store.k), ("v", store.v)):
         cache = operands.get(f"{name}_cache")
-        found[f"{name.upper()}_CACHE"] = (
-            _cache(layout, store.negative, cache, operands) if cache else _NONE
-        )
-    return found
+        found.append(_cache(layout, store.negative, cache, operands) if cache else _NONE)
+    return found[0], found[1]
 
 
 _NONE = (0,) * 14 + (1, 0, 0, 1.0, 0.0, 0.0, 0, False, False)

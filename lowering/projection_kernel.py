@@ -118,11 +118,7 @@ def project_norm_rope_store(
     positions_ptr, k_cache_scale_ptr, v_cache_scale_ptr,
     q_weight_ptr, k_weight_ptr, q_bias_ptr, k_bias_ptr, q_scale_ptr, k_scale_ptr, cos_ptr, sin_ptr,
     q_eps, k_eps, T, k_size_0, k_size_1, k_size_2, v_size_0, v_size_1, v_size_2,
-    STRIDES: tl.constexpr,
-    Q: tl.constexpr, K: tl.constexpr, V: tl.constexpr, Q_ROW: tl.constexpr,
-    K_ROW: tl.constexpr, V_ROW: tl.constexpr,
-    K_KEEP: tl.constexpr, K_CACHE: tl.constexpr, V_CACHE: tl.constexpr,
-    LOOKUP: tl.constexpr, AXES: tl.constexpr, TOKENS: tl.constexpr,
+    STRIDES: tl.constexpr, SITE: tl.constexpr,
     FRONT: tl.constexpr, Q_PROJ: tl.constexpr, K_PROJ: tl.constexpr, V_PROJ: tl.constexpr,
     BATCH: tl.constexpr, BATCH_ROWS: tl.constexpr, HIDDEN: tl.constexpr, M: tl.constexpr,
     PARTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -137,6 +133,9 @@ def project_norm_rope_store(
     same bits in every run.
     """
     i_block, i_part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
+    Q: tl.constexpr = SITE[0]
+    K: tl.constexpr = SITE[1]
+    V: tl.constexpr = SITE[2]
     K_AT: tl.constexpr = Q[1] * Q[2]
     V_AT: tl.constexpr = K_AT + K[1] * K[2]
     TOTAL: tl.constexpr = V_AT + V[1] * V[2]
@@ -167,11 +166,13 @@ def project_norm_rope_store(
             # Past the last batch row that one is done again, with the same numbers.
             o_b = tl.minimum(i_first + tl.arange(0, BATCH_ROWS), BATCH - 1).to(tl.int64)
             static_tile(
-                sums_ptr, sums_ptr + K_AT, sums_ptr + V_AT, q_out_ptr, k_out_ptr, k_cache_ptr,
-                v_cache_ptr, slots_ptr, offsets_ptr, positions_ptr, k_cache_scale_ptr,
-                v_cache_scale_ptr, q_weight_ptr, k_weight_ptr, q_bias_ptr, k_bias_ptr,
-                q_scale_ptr, k_scale_ptr, cos_ptr, sin_ptr, q_eps, k_eps, T,
-                k_size_0, k_size_1, k_size_2, v_size_0, v_size_1, v_size_2,
-                (o_b[:, None, None], tl.cast(0, tl.int64), i_block), STRIDES,
-                Q, K, V, Q_ROW, K_ROW, V_ROW, K_KEEP, K_CACHE, V_CACHE, LOOKUP, AXES, TOKENS,
+                (sums_ptr, sums_ptr + K_AT, sums_ptr + V_AT, q_out_ptr, k_out_ptr),
+                (
+                    k_cache_ptr, v_cache_ptr, slots_ptr, offsets_ptr,
+                    k_cache_scale_ptr, v_cache_scale_ptr,
+                ),
+                (q_weight_ptr, k_weight_ptr, q_bias_ptr, k_bias_ptr, q_scale_ptr, k_scale_ptr),
+                (cos_ptr, sin_ptr, positions_ptr), (q_eps, k_eps), T,
+                ((k_size_0, k_size_1, k_size_2), (v_size_0, v_size_1, v_size_2)),
+                (o_b[:, None, None], tl.cast(0, tl.int64), i_block), STRIDES, SITE,
             )  # fmt: skip

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import fxfuse.ops
 from fxfuse.lowering import launch
+from fxfuse.lowering.eager import with_stride_arguments
 from fxfuse.lowering.tiles import Rows, Tile, tile_for
 from tests.drawn_sites import INTEGERS, Drawn, Site, drawn, sites
 from tests.sites import Operands
@@ -83,13 +84,9 @@ def launched(one: Drawn, tile: Tile) -> dict[str, Tensor]:
         result.fill_(torch.nan)
     tensors = {**case.tensors, "q_out": results[0]}
     tensors |= {"k_out": results[1]} if results[1].dim() == 4 else {}
-    plan = direct.planned(case.record, tensors, case.eps, tile=tile)
-    numbers = plan.constants["STRIDES"]
-    constants = {name: n for name, n in plan.constants.items() if name != "STRIDES"}
-    names = [f"stride_{prefix}{axis}" for prefix, part in launch.AXES.items() for axis in part]
-    arguments = plan.arguments | dict(zip(names, numbers, strict=True))
-    kernel = unspecialised(tuple(arguments))
-    kernel[(*plan.grid, 1)](**arguments, **constants, num_warps=plan.warps, num_stages=1)
+    plan = with_stride_arguments(direct.planned(case.record, tensors, case.eps, tile=tile))
+    kernel = unspecialised(tuple(plan.arguments))
+    kernel[(*plan.grid, 1)](**plan.arguments, **plan.constants, num_warps=plan.warps, num_stages=1)
     return outputs(case, results)
 
 

@@ -308,7 +308,8 @@ def launched(of: Way) -> Iterator[str]:
     tensors = _tensors(of) | {"q_out": torch.empty_like(_tensors(of)["q"])}
     operands = {k: Operand.of(x) for k, x in tensors.items()}
     found = launch.plan(of.site.record, operands, (of.site.q.eps, 0.0), 1, "sm_90")
-    tile = f"{found.constants['TOKENS']} x {found.constants['Q'][-1]} rows of q (tokens x heads)"
+    site = found.constants["SITE"]
+    tile = f"{site[-1]} x {site[0][-1]} rows of q (tokens x heads)"
     yield f"kernel     {found.kernel}"
     yield f"grid       {found.grid}, {found.warps} warps; a program has {tile}"
     yield f"pointers   {', '.join(key for key in found.arguments if key in _pointers(tensors))}"
