@@ -16,13 +16,9 @@ from fxfuse.patterns.record import AddNorm
 
 
 def add_rms_norm(
-    x: Tensor,
-    residual: Tensor | None,
-    second: Tensor | None,
-    weight: Tensor | None,
-    eps: float,
-    record: str,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, residual: Tensor | None, second: Tensor | None,
+    weight: Tensor | None, eps: float, record: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Sum and RMSNorm: s = x + residual + second, y = s * rsqrt(mean(s²) + eps) * (w + offset).
 
     Shapes: addends [..., D], all alike; weight [D]; results as x, the sum [0] where not kept.

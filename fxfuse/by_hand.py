@@ -20,21 +20,12 @@ Each = TypeVar("Each", float, str)
 
 
 def qk_norm_rope(
-    q: Tensor,
-    k: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    *,
-    q_weight: Tensor | None = None,
-    k_weight: Tensor | None = None,
-    eps: Eps = 1e-6,
-    weight_offset: float = 0.0,
-    interleaved: bool = False,
-    rotary_dim: int | None = None,
-    positions: Tensor | None = None,
-    axes: Sequence[int] = (),
-    heads_first: bool = False,
-) -> Two:
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *,
+    q_weight: Tensor | None = None, k_weight: Tensor | None = None,
+    eps: Eps = 1e-6, weight_offset: float = 0.0,
+    interleaved: bool = False, rotary_dim: int | None = None,
+    positions: Tensor | None = None, axes: Sequence[int] = (), heads_first: bool = False,
+) -> Two:  # fmt: skip
     """RMSNorm and RoPE of q and k: y = rope(x * rsqrt(mean(x²) + eps) * (w + weight_offset)).
 
     Example:
@@ -64,17 +55,10 @@ def qk_norm_rope(
 
 
 def rope(
-    q: Tensor,
-    k: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    *,
-    interleaved: bool = False,
-    rotary_dim: int | None = None,
-    positions: Tensor | None = None,
-    axes: Sequence[int] = (),
-    heads_first: bool = False,
-) -> Two:
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *,
+    interleaved: bool = False, rotary_dim: int | None = None,
+    positions: Tensor | None = None, axes: Sequence[int] = (), heads_first: bool = False,
+) -> Two:  # fmt: skip
     """RoPE of q and k alone; all else as in `qk_norm_rope`."""
     return _called(
         q, k, cos, sin, positions, None, None, (0.0, 0.0), 0.0, False, interleaved, rotary_dim,
@@ -83,15 +67,10 @@ def rope(
 
 
 def qk_norm(
-    q: Tensor,
-    k: Tensor,
-    *,
-    q_weight: Tensor | None = None,
-    k_weight: Tensor | None = None,
-    eps: Eps = 1e-6,
-    weight_offset: float = 0.0,
-    heads_first: bool = False,
-) -> Two:
+    q: Tensor, k: Tensor, *,
+    q_weight: Tensor | None = None, k_weight: Tensor | None = None,
+    eps: Eps = 1e-6, weight_offset: float = 0.0, heads_first: bool = False,
+) -> Two:  # fmt: skip
     """RMSNorm of q and k alone, over their heads; all else as in `qk_norm_rope`."""
     return _called(
         q, k, None, None, None, q_weight, k_weight, _both(eps), weight_offset, True, False, None,
@@ -100,34 +79,17 @@ def qk_norm(
 
 
 def qk_norm_rope_store_(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    slots: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor | None,
-    *,
-    q_weight: Tensor | None = None,
-    k_weight: Tensor | None = None,
-    eps: Eps | None = 1e-6,
-    weight_offset: float = 0.0,
-    interleaved: bool = False,
-    rotary_dim: int | None = None,
-    positions: Tensor | None = None,
-    axes: Sequence[int] = (),
-    heads_first: bool = False,
-    layout: str | tuple[str, str] = "0hd",
-    offsets: Tensor | None = None,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-    scale: str = "divide",
-    cache_format: str = "",
-    clamp: float = 0.0,
-    negative: str = "wrap",
-    keep_k: bool = True,
-) -> tuple[Tensor, Tensor | None]:
+    q: Tensor, k: Tensor, v: Tensor | None, cos: Tensor, sin: Tensor,
+    slots: Tensor, k_cache: Tensor, v_cache: Tensor | None, *,
+    q_weight: Tensor | None = None, k_weight: Tensor | None = None,
+    eps: Eps | None = 1e-6, weight_offset: float = 0.0,
+    interleaved: bool = False, rotary_dim: int | None = None,
+    positions: Tensor | None = None, axes: Sequence[int] = (), heads_first: bool = False,
+    layout: str | tuple[str, str] = "0hd", offsets: Tensor | None = None,
+    k_scale: Tensor | None = None, v_scale: Tensor | None = None,
+    scale: str = "divide", cache_format: str = "", clamp: float = 0.0,
+    negative: str = "wrap", keep_k: bool = True,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """As `qk_norm_rope` (as `rope` where eps is None), and the rows of k and v written into caches.
 
     Example:
@@ -162,13 +124,9 @@ def qk_norm_rope_store_(
 
 
 def add_rms_norm(
-    x: Tensor,
-    residual: Tensor | None = None,
-    second: Tensor | None = None,
-    weight: Tensor | None = None,
-    eps: float = 1e-6,
-    weight_offset: float = 0.0,
-) -> Two:
+    x: Tensor, residual: Tensor | None = None, second: Tensor | None = None,
+    weight: Tensor | None = None, eps: float = 1e-6, weight_offset: float = 0.0,
+) -> Two:  # fmt: skip
     """Sum and RMSNorm: s = x + residual + second, y = s * rsqrt(mean(s²) + eps) * (w + offset).
 
     Example:

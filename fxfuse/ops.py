@@ -33,21 +33,12 @@ POSITIONS = 8
 
 
 def norm_rope(
-    q: Tensor,
-    k: Tensor | None,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    q_bias: Tensor | None,
-    k_bias: Tensor | None,
-    q_scale: Tensor | None,
-    k_scale: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    positions: Tensor | None,
-    q_eps: float,
-    k_eps: float,
-    record: str,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor | None,
+    q_weight: Tensor | None, k_weight: Tensor | None, q_bias: Tensor | None,
+    k_bias: Tensor | None, q_scale: Tensor | None, k_scale: Tensor | None,
+    cos: Tensor | None, sin: Tensor | None, positions: Tensor | None,
+    q_eps: float, k_eps: float, record: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Norm and RoPE of q and k: y = scale * row_scale * rope(x * rsqrt(mean(x²) + eps) * w + b).
 
     Shapes: q [B, T, H, D], k [B, T, G, D]; weights and biases [D] or [H, D];
@@ -73,28 +64,14 @@ def norm_rope(
 
 
 def norm_rope_store_(
-    q: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    q_bias: Tensor | None,
-    k_bias: Tensor | None,
-    q_scale: Tensor | None,
-    k_scale: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    positions: Tensor | None,
-    slots: Tensor,
-    offsets: Tensor | None,
-    k_cache: Tensor,
-    v_cache: Tensor | None,
-    k_cache_scale: Tensor | None,
-    v_cache_scale: Tensor | None,
-    q_eps: float,
-    k_eps: float,
-    record: str,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor | None, v: Tensor | None,
+    q_weight: Tensor | None, k_weight: Tensor | None, q_bias: Tensor | None,
+    k_bias: Tensor | None, q_scale: Tensor | None, k_scale: Tensor | None,
+    cos: Tensor | None, sin: Tensor | None, positions: Tensor | None,
+    slots: Tensor, offsets: Tensor | None, k_cache: Tensor, v_cache: Tensor | None,
+    k_cache_scale: Tensor | None, v_cache_scale: Tensor | None,
+    q_eps: float, k_eps: float, record: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As `norm_rope`, and the rows of k and v written into caches, say at k_cache[b, g, slots[t]].
 
     Shapes: as norm_rope; v [B, T, G, Dv]; slots and offsets [B | 1, T] of an integer dtype; caches

@@ -16,18 +16,11 @@ from fxfuse.reference import projected
 
 
 def project_norm_rope_store_(
-    x: Tensor,
-    residual: Tensor | None,
-    x_weight: Tensor | None,
-    x_eps: float,
-    q_proj: Tensor,
-    k_proj: Tensor | None,
-    v_proj: Tensor | None,
-    q_proj_bias: Tensor | None,
-    k_proj_bias: Tensor | None,
-    v_proj_bias: Tensor | None,
+    x: Tensor, residual: Tensor | None, x_weight: Tensor | None, x_eps: float,
+    q_proj: Tensor, k_proj: Tensor | None, v_proj: Tensor | None,
+    q_proj_bias: Tensor | None, k_proj_bias: Tensor | None, v_proj_bias: Tensor | None,
     *behind: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """As `fxfuse.ops.norm_rope_store_` of q = x Wᵀ + b, and so k and v; `behind` are its arguments
     from q_weight on. Where the record has a front, x is first made the y of
     `fxfuse.add_norm.add_rms_norm` of x + residual with x_weight and x_eps.

@@ -26,26 +26,17 @@ from fxfuse.patterns.record import (
 )
 from fxfuse.reference_store import unrounded, write_
 
+Maybe = Tensor | None
 # start, step and values of some of a row's channels: row[..., start + step * i] = values[..., i].
 Part = tuple[int, int, Tensor]
 
 
 def norm_rope(
-    q: Tensor,
-    k: Tensor | None,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    q_bias: Tensor | None,
-    k_bias: Tensor | None,
-    q_scale: Tensor | None,
-    k_scale: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    positions: Tensor | None,
-    q_eps: float,
-    k_eps: float,
-    record: Record,
-) -> tuple[Tensor, Tensor | None]:
+    q: Tensor, k: Maybe,
+    q_weight: Maybe, k_weight: Maybe, q_bias: Maybe, k_bias: Maybe,
+    q_scale: Maybe, k_scale: Maybe, cos: Maybe, sin: Maybe, positions: Maybe,
+    q_eps: float, k_eps: float, record: Record,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """q and k after their record: scale * row_scale * norm/rope(x), see `row`; None without k."""
     cos, sin, record = by_token(cos, sin, positions, record)
     q_row = row(q, record.q, q_weight, q_bias, q_scale, cos, sin, q_eps)
@@ -55,28 +46,13 @@ def norm_rope(
 
 
 def norm_rope_store_(
-    q: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    q_bias: Tensor | None,
-    k_bias: Tensor | None,
-    q_scale: Tensor | None,
-    k_scale: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    positions: Tensor | None,
-    slots: Tensor,
-    offsets: Tensor | None,
-    k_cache: Tensor,
-    v_cache: Tensor | None,
-    k_cache_scale: Tensor | None,
-    v_cache_scale: Tensor | None,
-    q_eps: float,
-    k_eps: float,
-    record: Record,
-) -> tuple[Tensor, Tensor | None]:
+    q: Tensor, k: Maybe, v: Maybe,
+    q_weight: Maybe, k_weight: Maybe, q_bias: Maybe, k_bias: Maybe,
+    q_scale: Maybe, k_scale: Maybe, cos: Maybe, sin: Maybe, positions: Maybe,
+    slots: Tensor, offsets: Maybe, k_cache: Tensor, v_cache: Maybe,
+    k_cache_scale: Maybe, v_cache_scale: Maybe,
+    q_eps: float, k_eps: float, record: Record,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """As `norm_rope`; then k's rows into k_cache at its layout's indices, v's into v_cache."""
     cos, sin, record = by_token(cos, sin, positions, record)
     store = record.store
@@ -109,18 +85,11 @@ def projected(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor |
 
 
 def project_norm_rope_store_(
-    x: Tensor,
-    residual: Tensor | None,
-    x_weight: Tensor | None,
-    x_eps: float,
-    q_proj: Tensor,
-    k_proj: Tensor | None,
-    v_proj: Tensor | None,
-    q_proj_bias: Tensor | None,
-    k_proj_bias: Tensor | None,
-    v_proj_bias: Tensor | None,
+    x: Tensor, residual: Maybe, x_weight: Maybe, x_eps: float,
+    q_proj: Tensor, k_proj: Maybe, v_proj: Maybe,
+    q_proj_bias: Maybe, k_proj_bias: Maybe, v_proj_bias: Maybe,
     *behind: Any,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """`norm_rope_store_` of the products of x with the weights, where x may be the norm of
     x + residual; then that sum, None where it is not kept.
     """
@@ -178,15 +147,9 @@ def by_column(positions: Tensor, columns: Tensor, by: tuple[int, ...]) -> Tensor
 
 
 def row(
-    x: Tensor,
-    stream: Stream,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    eps: float,
-) -> Tensor:
+    x: Tensor, stream: Stream, weight: Maybe, bias: Maybe,
+    scale: Maybe, cos: Maybe, sin: Maybe, eps: float,
+) -> Tensor:  # fmt: skip
     """One stream: scale * row_scale * rope(norm(x)), or with the norm after the rotation.
 
     Shapes: x [B, T, H, D]; weight, bias [D] or [H, D]; scale [B|1, T|1, H|1];
@@ -198,15 +161,9 @@ def row(
 
 
 def row_parts(
-    x: Tensor,
-    stream: Stream,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    eps: float,
-) -> list[Part]:
+    x: Tensor, stream: Stream, weight: Maybe, bias: Maybe,
+    scale: Maybe, cos: Maybe, sin: Maybe, eps: float,
+) -> list[Part]:  # fmt: skip
     """`row` in parts that tile its channels, each rounded, so that loops write each part once."""
     norm = stream.norm
     y = x.to(working_dtype(x))
@@ -310,13 +267,9 @@ def assembled(parts: list[Part], channels: int, heads_first: bool = False) -> Te
 
 
 def add_rms_norm(
-    x: Tensor,
-    residual: Tensor | None,
-    second: Tensor | None,
-    weight: Tensor | None,
-    eps: float,
-    record: AddNorm,
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, residual: Maybe, second: Maybe, weight: Maybe,
+    eps: float, record: AddNorm,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """sum = x + residual + second; y = sum * rsqrt(mean(sum * sum) + eps) * (weight + offset).
 
     Shapes: all [..., D], weight [D]. Rounding: each sum as torch's addition rounds it; y once.

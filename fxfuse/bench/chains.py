@@ -191,24 +191,8 @@ class PackedNormRope(Chain):
         return self.rotated(q, cos, sin), self.rotated(k, cos, sin)
 
 
-class BatchedRopeStore(Chain):
-    """RoPE by position of q, k [1, T, heads, D] and the store of k, v in flat caches [S, G, D], as
-    transformers' paged cache writes it.
-    """
-
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, slots: Tensor,
-        k_cache: Tensor, v_cache: Tensor,
-    ) -> Tensor:  # fmt: skip
-        cos, sin = self.looked_up(positions)
-        q, k = self.rotated(q, cos, sin), self.rotated(k, cos, sin)
-        k_cache.index_copy_(0, slots, k.squeeze(0))
-        v_cache.index_copy_(0, slots, v.squeeze(0))
-        return q
-
-
 class RopeStore(Chain):
-    """The same without a batch axis: q, k, v [T, heads, D]."""
+    """RoPE by position of q, k [T, heads, D] and the store of k, v in flat caches [S, G, D]."""
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, slots: Tensor,
@@ -216,9 +200,19 @@ class RopeStore(Chain):
     ) -> Tensor:  # fmt: skip
         cos, sin = self.looked_up(positions)
         q, k = self.rotated(q, cos, sin), self.rotated(k, cos, sin)
-        k_cache.index_put_((slots,), k)
-        v_cache.index_put_((slots,), v)
+        self.store(k_cache, slots, k)
+        self.store(v_cache, slots, v)
         return q
+
+    def store(self, cache: Tensor, slots: Tensor, rows: Tensor) -> None:
+        cache.index_put_((slots,), rows)
+
+
+class BatchedRopeStore(RopeStore):
+    """The same with a batch axis, q, k, v [1, T, heads, D], as transformers' paged cache writes."""
+
+    def store(self, cache: Tensor, slots: Tensor, rows: Tensor) -> None:
+        cache.index_copy_(0, slots, rows.squeeze(0))
 
 
 FP8 = torch.float8_e4m3fn

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from fxfuse.tiny.diffusion_inputs import AXES, HEADS, TEXT, Arguments, Diffusion, grid, time, tokens
+from fxfuse.tiny.diffusion_inputs import grid, time, tokens
+from fxfuse.tiny.diffusion_unit import AXES, HEADS, TEXT, Arguments, Diffusion
 from fxfuse.tiny.inputs import noise
 
 FLUX: Arguments = {

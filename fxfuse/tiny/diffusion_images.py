@@ -7,19 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from fxfuse.tiny.diffusion_inputs import (
-    AXES,
-    FOUR_CHANNELS,
-    HEADS,
-    TEXT,
-    TWO_LAYERS,
-    Arguments,
-    Diffusion,
-    all_true,
-    grid,
-    image,
-    time,
-)
+from fxfuse.tiny.diffusion_inputs import all_true, grid, image, time
+from fxfuse.tiny.diffusion_unit import AXES, CHANNELS, HEADS, TEXT, TWO_LAYERS, Arguments, Diffusion
 from fxfuse.tiny.inputs import ids, noise
 
 
@@ -175,7 +164,7 @@ IMAGES: dict[str, Diffusion] = {
         "HiDreamImageTransformer2DModel",
         {
             **HEADS,
-            **FOUR_CHANNELS,
+            **CHANNELS,
             "patch_size": 2,
             "num_layers": 1,
             "num_single_layers": 1,

@@ -1,37 +1,17 @@
-"""The form of a diffusers unit, and inputs that several of them share.
+"""Inputs that several diffusers units share.
 
-In: sizes. Out: `Diffusion` entries and dicts of tensors. Batch is one, latents are a few patches.
+In: sizes. Out: dicts of tensors. Batch is one, latents are a few patches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fxfuse.tiny.diffusion_unit import TEXT, Arguments
 from fxfuse.tiny.inputs import noise
-
-Arguments = dict[str, Any]
-HEADS: Arguments = {"num_attention_heads": 4, "attention_head_dim": 32}
-FOUR_CHANNELS: Arguments = {"in_channels": 4, "out_channels": 4}
-TWO_LAYERS: Arguments = {**HEADS, **FOUR_CHANNELS, "num_layers": 2}
-# Rotary channels of three axes, 32 in all.
-AXES = (8, 12, 12)
-TEXT = 8  # tokens of a prompt
-
-
-@dataclass(frozen=True)
-class Diffusion:
-    """A class in a file of diffusers.models.transformers, its arguments and its inputs."""
-
-    file: str
-    model: str
-    sizes: Arguments
-    inputs: Callable[[], Arguments]
-    rounds: str = ""
 
 
 def time(value: float = 1.0) -> Tensor:

@@ -5,13 +5,8 @@ In: nothing. Out: `PLAIN`, by name. fxfuse/sweep/no_rotation.py has what is spec
 
 from __future__ import annotations
 
-from fxfuse.tiny.diffusion_inputs import (
-    FOUR_CHANNELS,
-    HEADS,
-    TWO_LAYERS,
-    Diffusion,
-    image,
-)
+from fxfuse.tiny.diffusion_inputs import image
+from fxfuse.tiny.diffusion_unit import CHANNELS, HEADS, TWO_LAYERS, Diffusion
 from fxfuse.tiny.inputs import noise
 
 PLAIN: dict[str, Diffusion] = {
@@ -20,7 +15,7 @@ PLAIN: dict[str, Diffusion] = {
         "AuraFlowTransformer2DModel",
         {
             **HEADS,
-            **FOUR_CHANNELS,
+            **CHANNELS,
             "sample_size": 16,
             "patch_size": 2,
             "num_mmdit_layers": 1,

@@ -12,18 +12,8 @@ from typing import Any
 import torch
 from torch.nn.functional import interpolate
 
-from fxfuse.tiny.diffusion_inputs import (
-    AXES,
-    FOUR_CHANNELS,
-    HEADS,
-    TEXT,
-    TWO_LAYERS,
-    Arguments,
-    Diffusion,
-    all_true,
-    time,
-    video,
-)
+from fxfuse.tiny.diffusion_inputs import all_true, time, video
+from fxfuse.tiny.diffusion_unit import AXES, CHANNELS, HEADS, TEXT, TWO_LAYERS, Arguments, Diffusion
 from fxfuse.tiny.inputs import noise
 
 FILE = "diffusers.models.transformers"
@@ -60,7 +50,7 @@ LTX2: Arguments = {
 }
 HUNYUAN: Arguments = {
     **HEADS,
-    **FOUR_CHANNELS,
+    **CHANNELS,
     "num_refiner_layers": 1,
     "patch_size": 1,
     "patch_size_t": 1,
@@ -210,7 +200,7 @@ VIDEOS: dict[str, Diffusion] = {
         "transformer_joyimage",
         "JoyImageEditTransformer3DModel",
         {
-            **FOUR_CHANNELS,
+            **CHANNELS,
             "hidden_size": 128,
             "num_attention_heads": 4,
             "text_dim": 16,
@@ -263,7 +253,7 @@ VIDEOS: dict[str, Diffusion] = {
         "MotifVideoTransformer3DModel",
         {
             **HEADS,
-            **FOUR_CHANNELS,
+            **CHANNELS,
             "num_layers": 1,
             "num_single_layers": 1,
             "num_decoder_layers": 0,
