@@ -33,6 +33,8 @@ Q_ROTATED = f"triton_per_fused__{_MASKED}_neg_pow_rsqrt_scalar_tensor_sin_slice_
 K_STORED = f"triton_per_fused_{_READ}_cos_index_copy_mean_mul_neg_pow_rsqrt_sin_slice_view_3"
 V_STORED = "triton_poi_fused__unsafe_view_add_arange_index_copy_transpose_view_4"
 REPEATED = f"triton_poi_fused__{_MASKED}_pow_rsqrt_scalar_tensor_transpose_where_5"
+# Under max-autotune: sums of products that name the transpose of the weight.
+READS = "mean_mm_mul_pow"
 SLOTS = "triton_per_fused__to_copy_add_mean_mul_pow_project_norm_rope_store__rsqrt_select_view_8"
 COUNTED = "triton_poi_fused_add_arange_copy__7"
 TABLE = "void gemmSN_NN_kernel<float, 256, 4, 2, 8, 4, 4, false>"
@@ -40,6 +42,32 @@ ARGMAX = "void at::native::reduce_kernel<512, 1, at::native::ReduceOp<at::native
 
 FIRST = [(EMBED, "other"), (TABLE, "other")]
 LAST = [(NORM, "head"), (GEMV, "head"), (ARGMAX, "other")]
+STOCK_BY_TRITON: Step = [
+    (f"triton_per_fused__to_copy_add_{READS}_rsqrt_t_view_1", "projection"),
+    (Q_ROTATED, "projection"),
+    (f"triton_per_fused_{_READ}_index_copy_{READS}_rsqrt_t_transpose_3", "projection"),
+    (K_STORED, "projection"),
+    (REPEATED, "attention"),
+    (CUDNN, "attention"),
+    (LEAN, "attention"),
+    ("triton_red_fused_mm_t_transpose_view_7", "output"),
+    (f"triton_per_fused__to_copy__unsafe_view_add_{READS}_rsqrt_8", "mlp"),
+    ("triton_per_fused_mm_t_view_9", "mlp"),
+    ("triton_red_fused__unsafe_view_mm_mul_silu_t_view_10", "mlp"),
+]
+OURS_BY_TRITON: Step = [
+    ("project_norm_rope_store", "projection"),
+    ("decode_attention", "attention"),
+    ("triton_red_fused_mm_t_transpose_view_5", "output"),
+    ("triton_per_fused_add_mean_mm_pow_project_norm_rope_store__select_view_9", "mlp"),
+    (f"triton_per_fused__to_copy__unsafe_view_add_{READS}_rsqrt_t_view_10", "mlp"),
+    ("triton_red_fused_mm_mul_project_norm_rope_store__select_silu_t_view_8", "mlp"),
+]
+LAST_BY_TRITON: Step = [
+    (f"triton_per_fused__to_copy__unsafe_view_add_{READS}_rsqrt_slice_view_13", "head"),
+    (f"triton_per_fused__to_copy__unsafe_view_add_{READS}_rsqrt_slice_t_view_14", "head"),
+    (ARGMAX, "other"),
+]
 AFTER = [
     (GEMV, "output"),
     (NORM, "mlp"),
@@ -132,22 +160,21 @@ STEPS: dict[str, Step] = {
     ),
     "products by Triton": [
         *FIRST,
-        *[
-            ("triton_red_fused__to_copy_add_mean_pow_1", "projection"),
-            ("triton_red_fused__to_copy_mean_mm_mul_pow_rsqrt_2", "projection"),
-            ("triton_per_fused__to_copy_mean_mm_mul_pow_rsqrt_3", "projection"),
-            (STORE, "projection"),
-            (EXPAND, "attention"),
-            (EFFICIENT, "attention"),
-            ("triton_red_fused_mm_4", "output"),
-            ("triton_per_fused_add_mean_pow_5", "mlp"),
-            ("triton_red_fused_mean_mm_mul_pow_rsqrt_silu_6", "mlp"),
-            ("triton_red_fused_add_mm_7", "mlp"),
-        ]
-        * 3,
-        ("triton_red_fused__to_copy_add_mean_pow_1", "head"),
-        ("triton_tem_fused_mm_9", "head"),
-        (ARGMAX, "other"),
+        ("triton_per_fused__to_copy_embedding_mean_pow_0", "projection"),
+        *[*STOCK_BY_TRITON, ("triton_per_fused_add_mean_mm_pow_18", "projection")] * 2,
+        *STOCK_BY_TRITON,
+        *LAST_BY_TRITON,
+    ],
+    "fxfuse, products by Triton": [
+        ("triton_per_fused__to_copy_add_cos_pow_project_norm_rope_store__rsqrt_0", "projection"),
+        ("triton_poi_fused_add_arange_copy__3", "other"),
+        *[*OURS_BY_TRITON, (COUNTED, "projection")] * 2,
+        *OURS_BY_TRITON,
+        *LAST_BY_TRITON,
+    ],
+    "products by templates": [
+        ("triton_tem_fused__unsafe_view_mm_9" if kernel == GEMV else kernel, group)
+        for kernel, group in step(*STOCK_PRELUDE, (CUDNN, "attention"))
     ],
     "attention by hand": step(
         *STOCK_PRELUDE,

@@ -38,6 +38,7 @@ GROUPS = ("projection", "attention", "output", "mlp", "head", "other")
 # What a kernel is, by the first pattern found in its name. Inductor names its own kernels
 # triton_<sort>_fused_<ATen ops>_<number>: poi is pointwise, per and red reduce, tem is a template.
 # The ops are those of what it reads, too: a kernel of the rotation names the product of its table.
+# One that makes a product names the transpose of its weight beside it.
 KINDS = {
     "attention": re.compile(
         r"(?i)^(?!triton_(?!tem)).*(?:fmha|flash|attention|sdpa|cudnn::fusion::\w*reduction)"
@@ -51,7 +52,8 @@ KINDS = {
     # Of float32, without tensor cores: the angles of a rotation.
     "angles": re.compile(r"(?i)simt_sgemm"),
     "product": re.compile(
-        r"(?i)gemm|gemv|nvjet|cutlass|splitk|cublas|^triton_(?!poi)(?:.*_)?(?:add|scaled_)?mm_"
+        r"(?i)gemm|gemv|nvjet|cutlass|splitk|cublas"
+        r"|^triton_(?:tem|(?!poi)(?=.*_t_))(?:.*_)?(?:add|scaled_)?mm_"
     ),
     "norm": re.compile(r"rms_norm|layer_norm|^(?!triton_poi).*_(?:rsqrt|mean|pow|var_mean)_"),
 }
