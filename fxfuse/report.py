@@ -112,6 +112,7 @@ KINDS = {
     "grouped_heads": "attention over repeated heads",
     "decode_attention": "attention with one query",
     "projection": "projection of q, k and v",
+    "input_norm": "norm in front of a projection",
 }
 
 

@@ -67,7 +67,7 @@ class Projections:
         self.input_norms = InputNorms(reading, uses, memory, norms, gate)
         self.reading, self.uses, self.absorbed = reading, uses, absorbed
         self.memory, self.gate = memory, gate
-        self.left: list[Left] = []
+        self.left: list[Left] = self.input_norms.left
         self.refusals: list[Refusal] = []
 
     def grown(self, site: Site) -> Site:

@@ -1,5 +1,5 @@
 """The norm of a sum in front of a projection: taken in where its products alone read it and both
-terms lie in memory, else left where it is, without a word.
+terms lie in memory, else left where it is, and why.
 """
 
 from __future__ import annotations
@@ -279,30 +279,36 @@ def sum_written_later(block: Block, x: Tensor, r: Tensor) -> Front:
     return made, total.mul_(2)
 
 
+READ, LATE = "others read the normed rows too", "the sum is used before the projection"
+OTHER_ROWS = "its rows, or the sum's, are not those of the projection as they lie in memory"
+MADE = "a term of its sum is made for the sum alone, in one kernel with it"
+
+
 @pytest.mark.parametrize(
-    "front",
+    ("front", "why"),
     [
-        without_a_sum,
-        of_twice_one,
-        of_three,
-        read_again,
-        returned,
-        sum_read_first,
-        sum_seen_first,
-        scaled_behind,
-        of_a_part,
-        made_for_the_sum,
-        normed_for_the_sum,
-        term_in_another_order,
-        term_of_another_dtype,
-        term_written_later,
-        sum_written_later,
+        (without_a_sum, ""),
+        (of_twice_one, ""),
+        (of_three, ""),
+        (read_again, READ),
+        (returned, READ),
+        (sum_read_first, LATE),
+        (sum_seen_first, LATE),
+        (scaled_behind, ""),
+        (of_a_part, OTHER_ROWS),
+        (made_for_the_sum, MADE),
+        (normed_for_the_sum, MADE),
+        (term_in_another_order, ""),
+        (term_of_another_dtype, OTHER_ROWS),
+        (term_written_later, ""),
+        (sum_written_later, LATE),
     ],
-    ids=lambda f: f.__name__,
+    ids=lambda f: getattr(f, "__name__", ""),
 )
-def test_what_stays_in_front(front: Any) -> None:
+def test_what_stays_in_front(front: Any, why: str) -> None:
     report = explained(Block(front, lambda total: total))
     assert record_of(report).front is None and reasons(report) == []
+    assert [x.reason for x in report.left if x.kind == "input_norm"] == ([why] if why else [])
 
 
 def test_settings_keep_the_norm_the_compilers() -> None:
