@@ -206,9 +206,10 @@ def block_of_program(SITE: tl.constexpr, SINGLE: tl.constexpr):
 
 @triton.jit
 def tile(rows, caches, factors, tables, strides, eps, T, sizes, block, SITE: tl.constexpr):
-    """One tile of q, k or v; strides = those of q, k, v, q_scale, k_scale, cos, sin, k_cache,
-    v_cache, slots, offsets, positions, k_cache_scale and v_cache_scale; sizes = those of the
-    indexed axes of both caches; block = batch row, block of tokens and block of heads.
+    """One tile of q, k or v; rows, caches, factors, tables = pointers, taken apart below;
+    strides = those of q, k, v, q_scale, k_scale, cos, sin, k_cache, v_cache, slots, offsets,
+    positions, k_cache_scale and v_cache_scale; sizes = those of the indexed axes of both caches;
+    block = batch row, block of tokens and block of heads.
     """
     Q: tl.constexpr = SITE[0]
     K: tl.constexpr = SITE[1]

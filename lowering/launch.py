@@ -7,7 +7,6 @@ no numbers) is an argument; what the record says, and strides that are numbers, 
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -64,10 +63,10 @@ def plan(
     grid = (ceil_div(q.shape[1], tile.tokens) * sum(programs), q.shape[0])
     arguments = _pointers(operands) | _scalars(record, operands, eps)
     strides = _strides(record, operands)
-    if all(isinstance(n, int) for part in strides for n in part):
-        constants["STRIDES"] = tuple(itertools.chain(*strides))
+    if all(isinstance(n, int) for n in strides):
+        constants["STRIDES"] = strides
         return Launch("norm_rope_store_static", arguments, constants, grid, tile.warps)
-    arguments |= stride_arguments(itertools.chain(*strides))
+    arguments |= stride_arguments(strides)
     return Launch("norm_rope_store", arguments, constants, grid, tile.warps)
 
 
@@ -191,9 +190,7 @@ def _scalars(
     return scalars | launch_stores.sizes(record, operands)
 
 
-def _strides(
-    record: Record, operands: Mapping[str, Operand | None]
-) -> tuple[tuple[Size, ...], ...]:
+def _strides(record: Record, operands: Mapping[str, Operand | None]) -> tuple[Size, ...]:
     """Strides in the order of AXES; those of an absent operand are 0."""
 
     def of(name: str, read: Callable[[Operand], tuple[Size, ...]]) -> tuple[Size, ...] | None:
@@ -227,7 +224,7 @@ def _strides(
         "kcs": of("k_cache_scale", lambda o: o.steps(3)),
         "vcs": of("v_cache_scale", lambda o: o.steps(3)),
     }
-    return tuple(found[prefix] or (0,) * len(axes) for prefix, axes in AXES.items())
+    return tuple(n for name, axes in AXES.items() for n in found[name] or (0,) * len(axes))
 
 
 NOWHERE = Pair(0, 0, 1)
