@@ -177,7 +177,7 @@ def test_the_sum_of_one_is_a_term_of_the_next() -> None:
     assert [f.record.front.keep_sum for f in report.fused] == [True, True]
 
 
-@pytest.mark.parametrize("name", ["qwen3", "llama"])
+@pytest.mark.parametrize("name", [pytest.param("qwen3", marks=pytest.mark.long), "llama"])
 @torch.no_grad()
 def test_each_layer_of_a_model_but_the_first(name: str) -> None:
     """Whose norm is that of the embedding, no sum; float32 tokens are eager's."""
