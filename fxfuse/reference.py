@@ -26,6 +26,7 @@ from fxfuse.patterns.record import (
 )
 from fxfuse.reference_store import unrounded, write_
 
+# An operand that a call may lack.
 Maybe = Tensor | None
 # start, step and values of some of a row's channels: row[..., start + step * i] = values[..., i].
 Part = tuple[int, int, Tensor]
@@ -36,7 +37,7 @@ def norm_rope(
     q_weight: Maybe, k_weight: Maybe, q_bias: Maybe, k_bias: Maybe,
     q_scale: Maybe, k_scale: Maybe, cos: Maybe, sin: Maybe, positions: Maybe,
     q_eps: float, k_eps: float, record: Record,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor, Maybe]:  # fmt: skip
     """q and k after their record: scale * row_scale * norm/rope(x), see `row`; None without k."""
     cos, sin, record = by_token(cos, sin, positions, record)
     q_row = row(q, record.q, q_weight, q_bias, q_scale, cos, sin, q_eps)
@@ -52,7 +53,7 @@ def norm_rope_store_(
     slots: Tensor, offsets: Maybe, k_cache: Tensor, v_cache: Maybe,
     k_cache_scale: Maybe, v_cache_scale: Maybe,
     q_eps: float, k_eps: float, record: Record,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor, Maybe]:  # fmt: skip
     """As `norm_rope`; then k's rows into k_cache at its layout's indices, v's into v_cache."""
     cos, sin, record = by_token(cos, sin, positions, record)
     store = record.store
@@ -75,7 +76,7 @@ def norm_rope_store_(
     return q_row, k_row
 
 
-def projected(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor | None:
+def projected(x: Tensor, weight: Maybe, bias: Maybe) -> Maybe:
     """x Wᵀ + b as [B, T, H, D], of x [B, T, hidden], W [H, D, hidden] and b [H, D]."""
     if weight is None:
         return None
@@ -89,7 +90,7 @@ def project_norm_rope_store_(
     q_proj: Tensor, k_proj: Maybe, v_proj: Maybe,
     q_proj_bias: Maybe, k_proj_bias: Maybe, v_proj_bias: Maybe,
     *behind: Any,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor, Maybe, Maybe]:  # fmt: skip
     """`norm_rope_store_` of the products of x with the weights, where x may be the norm of
     x + residual; then that sum, None where it is not kept.
     """
@@ -105,8 +106,8 @@ def project_norm_rope_store_(
 
 
 def by_token(
-    cos: Tensor | None, sin: Tensor | None, positions: Tensor | None, record: Record
-) -> tuple[Tensor | None, Tensor | None, Record]:
+    cos: Maybe, sin: Maybe, positions: Maybe, record: Record
+) -> tuple[Maybe, Maybe, Record]:
     """cos and sin [B|1, T|1, R] by token, taken by position where there are positions, and the
     record over these.
     """
@@ -115,9 +116,7 @@ def by_token(
     return cos, sin, axes.by_token(record)
 
 
-def looked_up(
-    table: Tensor | None, positions: Tensor | None, columns: Columns | None = None
-) -> Tensor | None:
+def looked_up(table: Maybe, positions: Maybe, columns: Columns | None = None) -> Maybe:
     """A table's rows by position: y[b, t, c] = table[0, positions[b, t], c]; of columns by axes
     y[b, t, c] = table[0, positions[axes[c], b, t], first + c]; the table itself without positions.
 
@@ -176,9 +175,7 @@ def row_parts(
     return [(start, step, scaled(y, stream, scale)) for start, step, y in parts]
 
 
-def normalise(
-    x: Tensor, norm: Norm, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor:
+def normalise(x: Tensor, norm: Norm, weight: Maybe, bias: Maybe, eps: float) -> Tensor:
     """x * factor(mean(x * x), eps) * (weight + offset) + bias; no statistic where it is given."""
     if norm.over == "head":
         kind = NORM_KINDS[norm.kind]
@@ -195,7 +192,7 @@ def offset_weight(weight: Tensor, norm: Norm) -> Tensor:
     return weight + norm.weight_offset if norm.weight_offset else weight
 
 
-def scaled(y: Tensor, stream: Stream, scale: Tensor | None) -> Tensor:
+def scaled(y: Tensor, stream: Stream, scale: Maybe) -> Tensor:
     """y * row_scale * scale, rounded to the stream's dtype."""
     if stream.has_scale and scale is not None:
         y = y * scale.to(y.dtype).unsqueeze(-1)
@@ -209,7 +206,7 @@ def dtype_of(stream: Stream) -> torch.dtype:
     return dtype
 
 
-def rotated(x: Tensor, stream: Stream, cos: Tensor | None, sin: Tensor | None) -> list[Part]:
+def rotated(x: Tensor, stream: Stream, cos: Maybe, sin: Maybe) -> list[Part]:
     """The record's rotation and passes, see `Rotation` and `Pass`. Shapes: x [B, T, H, D]."""
     parts: list[Part] = [(p.y_start, 1, take(x, p.x_start, 1, p.length)) for p in stream.passes]
     turn = stream.rotation
@@ -287,7 +284,7 @@ def decode_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    mask: Tensor | None,
+    mask: Maybe,
     scale: float | None,
     record: DecodeAttention,
 ) -> Tensor:

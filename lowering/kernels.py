@@ -217,6 +217,7 @@ def tile(rows, caches, factors, tables, strides, eps, T, sizes, block, SITE: tl.
     Q_ROW: tl.constexpr = SITE[3]
     K_ROW: tl.constexpr = SITE[4]
     V_ROW: tl.constexpr = SITE[5]
+    K_KEEP: tl.constexpr = SITE[6]
     K_CACHE: tl.constexpr = SITE[7]
     V_CACHE: tl.constexpr = SITE[8]
     LOOKUP: tl.constexpr = SITE[9]
@@ -272,7 +273,7 @@ def tile(rows, caches, factors, tables, strides, eps, T, sizes, block, SITE: tl.
                 cos_ptr, sin_ptr, o_h, m_h, m_t, m_r,
                 s_k[3], s_cos[2], s_sin[2], k_eps, K, K_ROW,
             )  # fmt: skip
-            if SITE[6]:
+            if K_KEEP:
                 o_row = (i_b * K[1] + o_h) * n_t + o_t if K[9] else (i_b * n_t + o_t) * K[1] + o_h
                 store_row(k_out_ptr + o_row * K[2], row, m_t & m_h, 1, 0, 1, K_ROW)
             if K_CACHE[0] > 0:

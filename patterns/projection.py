@@ -67,6 +67,7 @@ class Projections:
         self.input_norms = InputNorms(reading, uses, memory, norms, gate)
         self.reading, self.uses, self.absorbed = reading, uses, absorbed
         self.memory, self.gate = memory, gate
+        # One list: of a site, its projection is left, or the norm in front of that.
         self.left: list[Left] = self.input_norms.left
         self.refusals: list[Refusal] = []
 
