@@ -46,7 +46,7 @@ def plan(
     q, k, v = _needed(operands, "q"), operands.get("k"), operands.get("v")
     heads, kv_heads = int(q.shape[2]), int((k or v or q).shape[2])
     rows = tokens * (heads + sum(kv_heads for x in (k, v) if x))
-    tile = tile or tile_for(target, rows, _kind_of(record, operands))
+    tile = tile or tile_for(target, rows, _kind_of(record, operands)).within(tokens)
     programs, of_streams, of_rows = [], [], []
     for name, stream, x in (("q", record.q, q), ("k", record.k, k), ("v", record.v, v)):
         count = int(x.shape[2]) if x else 0

@@ -15,10 +15,16 @@ class Tile:
     heads: int
     warps: int
 
+    def within(self, tokens: int) -> "Tile":
+        """The tile with no more tokens than there are."""
+        least: int = 1 << (max(1, tokens) - 1).bit_length()
+        return dataclasses.replace(self, tokens=min(self.tokens, least))
+
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """The tile for rows (tokens x heads of q, k and v) of contiguous runs of channels up to these.
+    """The tile for rows (tokens x heads of q, k and v) of contiguous runs of channels up to these,
+    and of so many channels at most.
 
     run: the widest block of a row that is loaded as one: half the rotated channels where pairs are
     halves, all of them where pairs are neighbours.
@@ -27,26 +33,30 @@ class Rule:
     rows: float
     run: float
     tile: Tile
+    channels: float = float("inf")
 
 
 MANY = float("inf")
 
 # Measured on an H200 for q, k, v of 16/8 to 64/8 heads in one batch row; the default of other
-# targets too. A row's elements lie on a warp's threads as a table's do where tokens * run =
-# 256 * warps, or one warp has one head of one token: anything else moves tables through shared
-# memory.
+# targets too. Of many rows a row's elements have to lie on a warp's threads as a table's do, where
+# tokens * run = 256 * warps: anything else moves tables through shared memory. Of few rows the
+# tile with the most loads under way wins.
 HOPPER = (
-    Rule(64, 64, Tile(1, 4, 4)),
-    Rule(64, MANY, Tile(1, 1, 1)),
     Rule(2048, 32, Tile(1, 4, 4)),
     Rule(MANY, 32, Tile(8, 2, 1)),
-    Rule(640, 64, Tile(1, 2, 1)),
-    Rule(1024, 64, Tile(1, 8, 8)),
-    Rule(4096, 64, Tile(8, 1, 2)),
-    Rule(4096, MANY, Tile(1, 8, 8)),
+    Rule(48, 64, Tile(1, 4, 4)),
+    Rule(64, MANY, Tile(1, 1, 1)),
+    Rule(2048, 64, Tile(2, 4, 8)),
+    Rule(6144, 64, Tile(1, 8, 4)),
+    Rule(8192, 64, Tile(2, 8, 8)),
     Rule(16384, 64, Tile(16, 1, 4)),
-    Rule(16384, MANY, Tile(8, 1, 4)),
     Rule(MANY, 64, Tile(8, 4, 2)),
+    Rule(4096, MANY, Tile(1, 8, 8), channels=128),
+    Rule(16384, MANY, Tile(1, 8, 4), channels=128),
+    Rule(640, MANY, Tile(1, 1, 1)),
+    Rule(4096, MANY, Tile(1, 8, 8)),
+    Rule(16384, MANY, Tile(1, 16, 8)),
     Rule(2**18, MANY, Tile(1, 8, 2)),
     Rule(MANY, MANY, Tile(4, 4, 2)),
 )
@@ -57,15 +67,15 @@ TILES: dict[str, tuple[Rule, ...]] = {"sm_90": HOPPER}
 
 # Where each pair has a table row of its own, or a cache takes a row's channels one by one: several
 # heads share what a token's threads gathered. Measured on the H200 for 64/4 heads of 128 channels,
-# three axes, shuffled pages of 8 bits, at 256 to 32768 tokens; few rows keep their own rules.
-SCATTERED = Tile(1, 8, 2)
-FEW_ROWS = 640
+# three axes, shuffled pages of 8 bits, at 64 to 32768 tokens; few rows keep their own rules.
+SCATTERED, SCATTERED_MANY = Tile(1, 8, 2), Tile(2, 8, 2)
+FEW_ROWS, SCATTERED_ROWS = 640, 2**17
 
 # Rows by float32 tables, measured on the H200 for 64 to 256 channels, pairs of either kind: 1,024
-# elements a program, up to WIDE_ROWS on 4 warps, so that all of a token's loads are under way at
-# once (two tokens on 8 where there are fewest); beyond on one, with as many tokens as make 128
-# elements of a table, 16 bytes a thread.
-WIDE_FEWEST, WIDE_ROWS = 1024, 2**15
+# elements of a token up to WIDE_ROWS, on as many warps as have all of its loads under way at once
+# (two tokens where there are fewest, 2,048 elements but no more than 16 heads where there are few);
+# beyond on one, with as many tokens as make 128 elements of a table, 16 bytes a thread.
+WIDE_FEWEST, WIDE_FEW, WIDE_SOME, WIDE_ROWS = 1024, 3072, 4096, 2**15
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,17 +98,26 @@ class Rows:
 def tile_for(target: str, rows: int, kind: Rows) -> Tile:
     """The tile for a launch of so many rows on a target, such as "sm_90"."""
     if kind.scattered and rows > FEW_ROWS:
-        return SCATTERED
+        return SCATTERED if rows <= SCATTERED_ROWS else SCATTERED_MANY
     if kind.wide_tables and rows > FEW_ROWS:
         return _wide(rows, kind)
     rules = TILES.get(target, DEFAULT)
-    return next(rule.tile for rule in rules if rows <= rule.rows and kind.run <= rule.run)
+    return next(
+        rule.tile
+        for rule in rules
+        if rows <= rule.rows and kind.run <= rule.run and kind.channels <= rule.channels
+    )
 
 
 def _wide(rows: int, kind: Rows) -> Tile:
     channels, run = (1 << (n - 1).bit_length() for n in (kind.channels, kind.run))
+    heads = max(1, 1024 // channels)
+    if rows <= WIDE_FEWEST:
+        return Tile(2, heads, 8)
+    if rows <= WIDE_FEW:
+        heads = max(1, min(16, 2048 // channels))
+        return Tile(1, heads, max(1, heads * channels // 256))
     if rows <= WIDE_ROWS:
-        heads = max(1, 1024 // channels)
-        return Tile(2, heads, 8) if rows <= WIDE_FEWEST else Tile(1, heads, 4)
+        return Tile(1, heads, 8 if rows <= WIDE_SOME else 4)
     tokens = max(1, 128 // run)
     return Tile(tokens, max(1, 1024 // (tokens * channels)), 1)

@@ -77,8 +77,12 @@ def test_tune_times_what_the_recipes_fuse() -> None:
     ("channels", "run", "rows", "wanted"),
     [
         (128, 64, 768, Tile(2, 8, 8)),
-        (128, 64, 4096, Tile(1, 8, 4)),
-        (64, 32, 4096, Tile(1, 16, 4)),
+        (128, 64, 2560, Tile(1, 16, 8)),
+        (64, 32, 2560, Tile(1, 16, 4)),
+        (256, 256, 1280, Tile(1, 8, 8)),
+        (128, 64, 4096, Tile(1, 8, 8)),
+        (128, 64, 12288, Tile(1, 8, 4)),
+        (64, 32, 12288, Tile(1, 16, 4)),
         (128, 64, 2**17, Tile(2, 4, 1)),
         (64, 32, 2**17, Tile(4, 4, 1)),
         (128, 128, 2**17, Tile(1, 8, 1)),
@@ -86,12 +90,19 @@ def test_tune_times_what_the_recipes_fuse() -> None:
         (80, 40, 2**17, Tile(2, 4, 1)),
     ],
 )
-def test_rows_by_float32_tables_have_tiles_of_1024_elements(
+def test_rows_by_float32_tables_have_tiles_by_their_elements(
     channels: int, run: int, rows: int, wanted: Tile
 ) -> None:
     kind = Rows(channels, run, wide_tables=True)
     assert tile_for("sm_90", rows, kind) == wanted
-    assert tile_for("sm_90", rows, dataclasses.replace(kind, scattered=True)) == Tile(1, 8, 2)
+    kind = dataclasses.replace(kind, scattered=True)
+    assert tile_for("sm_90", rows, kind) == Tile(1, 8, 2)
+    assert tile_for("sm_90", 2 * 2**17, kind) == Tile(2, 8, 2)
+
+
+@pytest.mark.null
+def test_a_program_has_no_more_tokens_than_there_are() -> None:
+    assert [Tile(8, 4, 2).within(n).tokens for n in (1, 2, 3, 8, 100)] == [1, 2, 4, 8, 8]
 
 
 @pytest.mark.null

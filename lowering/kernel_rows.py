@@ -1,0 +1,213 @@
+"""The kernel's rows: loaded from q, k or v, normed, rotated by rows of cos and sin, and scaled.
+
+A row is held as four blocks, loaded apart: first and second members of the rotated pairs, and up to
+two runs that pass through; a block of length 0 touches no memory. STREAM, ROW and AXES: see
+`kernels`.
+"""
+
+# Triton compiles these functions; to a type checker their arguments have no types.
+# mypy: ignore-errors
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_block(
+    ptr, mask, stride_c,
+    START: tl.constexpr, STEP: tl.constexpr, LENGTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """float32 [tokens, heads, BLOCK] of channels START + STEP * i for i < LENGTH, zero beyond."""
+    if LENGTH == 0:
+        b = tl.zeros([ptr.shape[0], ptr.shape[1], BLOCK], tl.float32)
+    else:
+        i = tl.arange(0, BLOCK)[None, None, :]
+        m = mask if LENGTH == BLOCK else mask & (i < LENGTH)
+        b = tl.load(ptr + (START + STEP * i).to(tl.int64) * stride_c, mask=m, other=0.0)
+    return b.to(tl.float32)
+
+
+@triton.jit
+def load_pairs(
+    ptr, mask, stride_c, FIRST: tl.constexpr, SECOND: tl.constexpr, STEP: tl.constexpr,
+    PAIRS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Both members of the pairs at FIRST, SECOND + STEP * i, each [tokens, heads, BLOCK]."""
+    if PAIRS > 0 and STEP == 2 and SECOND == FIRST + 1 and ptr.shape[2] == 1:
+        # Neighbours come as one contiguous block, so that loads stay 16 bytes wide.
+        both = load_block(ptr, mask, stride_c, FIRST, 1, 2 * PAIRS, 2 * BLOCK)
+        first, second = tl.split(tl.reshape(both, [both.shape[0], both.shape[1], BLOCK, 2]))
+    else:
+        first = load_block(ptr, mask, stride_c, FIRST, STEP, PAIRS, BLOCK)
+        if SECOND == FIRST:
+            second = first
+        else:
+            second = load_block(ptr, mask, stride_c, SECOND, STEP, PAIRS, BLOCK)
+    return first, second
+
+
+@triton.jit
+def rows_at(ptr, mask, LOOKUP: tl.constexpr):
+    """int64 rows of a table by the positions at ptr, and which of them there are."""
+    o_r = tl.load(ptr, mask=mask, other=0).to(tl.int64)
+    o_r = tl.where(o_r < 0, o_r + LOOKUP, o_r)
+    return o_r, mask & (o_r >= 0) & (o_r < LOOKUP)
+
+
+@triton.jit
+def in_run(i, FIRST: tl.constexpr, STEP: tl.constexpr, COUNT: tl.constexpr):
+    """Whether i is one of FIRST, FIRST + STEP, .. (COUNT of them)."""
+    at = i - FIRST
+    return (at >= 0) & (at < STEP * COUNT) & (at % STEP == 0)
+
+
+@triton.jit
+def load_table(
+    ptr, p_ptr, mask, stride_t, stride_c, stride_a,
+    FIRST: tl.constexpr, SECOND: tl.constexpr, STEP: tl.constexpr, ROW: tl.constexpr,
+    LOOKUP: tl.constexpr, AXES: tl.constexpr,
+):  # fmt: skip
+    """What both members of the pairs turn by: rows at ptr [tokens, 1, 1]; by axis, rows of the
+    table at ptr by a token's positions at p_ptr, stride_a from axis to axis.
+    """
+    RUNS: tl.constexpr = AXES[0]
+    if RUNS == 0:
+        first, second = load_pairs(ptr, mask, stride_c, FIRST, SECOND, STEP, ROW[0], ROW[15])
+    else:
+        i = tl.arange(0, ROW[15])[None, None, :]
+        for r in tl.static_range(RUNS):
+            # Whole rows, 16 bytes a thread as q's are: single entries would lie on other threads.
+            o_r, m_r = rows_at(p_ptr + AXES[1 + 4 * r] * stride_a, mask, LOOKUP)
+            at = ptr + o_r * stride_t
+            a, b = load_pairs(at, m_r, stride_c, FIRST, SECOND, STEP, ROW[0], ROW[15])
+            if r == 0:
+                first, second = a, b
+            else:
+                own = in_run(i, AXES[2 + 4 * r], AXES[3 + 4 * r], AXES[4 + 4 * r])
+                first, second = tl.where(own, a, first), tl.where(own, b, second)
+    return first, second
+
+
+@triton.jit
+def load_row(ptr, mask, stride_c, SIDE: tl.constexpr, ROW: tl.constexpr):
+    """The four blocks of rows at their places in x (SIDE 0) or in y (SIDE 1)."""
+    P: tl.constexpr = 1 + 3 * SIDE
+    first, second = load_pairs(
+        ptr, mask, stride_c, ROW[P], ROW[P + 1], ROW[P + 2], ROW[0], ROW[15]
+    )  # fmt: skip
+    low = load_block(ptr, mask, stride_c, ROW[9 + SIDE], 1, ROW[11], ROW[16])
+    high = load_block(ptr, mask, stride_c, ROW[12 + SIDE], 1, ROW[14], ROW[17])
+    return first, second, low, high
+
+
+@triton.jit
+def scaled(row, scale):
+    first, second, low, high = row
+    return first * scale, second * scale, low * scale, high * scale
+
+
+@triton.jit
+def row_sum(first, second, low, high, ROW: tl.constexpr):
+    """The sum of each row, [tokens, heads, 1]."""
+    total = tl.sum(first + second, 2) if ROW[0] > 0 else tl.sum(low, 2)
+    if ROW[0] > 0 and ROW[11] > 0:
+        total += tl.sum(low, 2)
+    if ROW[14] > 0:
+        total += tl.sum(high, 2)
+    return total[:, :, None]
+
+
+@triton.jit
+def less(b, mean, LENGTH: tl.constexpr):
+    """A block without its row's mean; zero beyond its length as before."""
+    if LENGTH > 0:
+        c = b - mean
+        if b.shape[2] > LENGTH:
+            c = tl.where(tl.arange(0, b.shape[2])[None, None, :] < LENGTH, c, 0.0)
+        b = c
+    return b
+
+
+@triton.jit
+def normalise(row, weight, bias, eps, STREAM: tl.constexpr, ROW: tl.constexpr):
+    """x * factor(mean(x * x), eps) * (weight + offset) + bias; layer takes the row's mean off."""
+    first, second, low, high = row
+    if STREAM[4] == 3:
+        mean = row_sum(first, second, low, high, ROW) / STREAM[2]
+        first, second = less(first, mean, ROW[0]), less(second, mean, ROW[0])
+        low, high = less(low, mean, ROW[11]), less(high, mean, ROW[14])
+    if STREAM[4] > 0:
+        squares = row_sum(first * first, second * second, low * low, high * high, ROW)
+        # Inductor hands eps over as float64; in its analysis it is a Python float without .to().
+        small = tl.cast(eps, tl.float32)
+        if STREAM[4] == 2:
+            r = 1.0 / tl.maximum(tl.sqrt(squares / STREAM[2]), small)
+        else:
+            r = tl.rsqrt(squares / STREAM[2] + small)
+        first, second, low, high = scaled((first, second, low, high), r)
+    if STREAM[5] > 0:
+        w_first, w_second, w_low, w_high = weight
+        if STREAM[6] != 0.0:
+            OFFSET: tl.constexpr = STREAM[6]
+            w_first, w_second = w_first + OFFSET, w_second + OFFSET
+            w_low, w_high = w_low + OFFSET, w_high + OFFSET
+        first, second, low, high = first * w_first, second * w_second, low * w_low, high * w_high
+    if STREAM[10] > 0:
+        b_first, b_second, b_low, b_high = bias
+        first, second, low, high = first + b_first, second + b_second, low + b_low, high + b_high
+    return first, second, low, high
+
+
+@triton.jit
+def load_weight(ptr, like, o_h, m_h, DIMS: tl.constexpr, STREAM: tl.constexpr, ROW: tl.constexpr):
+    """The four blocks of a weight [D] or [H, D], in the order of the rows that it meets."""
+    if DIMS == 1:
+        # In the shape whose layout in registers is that of the tile: moving it would cost more.
+        TOKENS: tl.constexpr = like.shape[0]
+        o_1 = tl.zeros([TOKENS, like.shape[1] if TOKENS == 1 else 1, 1], tl.int64)
+        row = load_row(ptr + o_1, o_1 == 0, 1, STREAM[3] - 1, ROW)
+    else:
+        row = load_row(ptr + o_h * STREAM[2], m_h, 1, STREAM[3] - 1, ROW)
+    return row
+
+
+@triton.jit
+def row_of(
+    x_ptr, w_ptr, b_ptr, scale_ptr, tables, o_h, m_h, m_t, stride_c, eps,
+    STREAM: tl.constexpr, ROW: tl.constexpr, LOOKUP: tl.constexpr, AXES: tl.constexpr,
+):  # fmt: skip
+    """The four blocks of scale * rope(norm(x)), or of scale * norm(rope(x)); tables = what
+    load_table takes of cos, and of sin, and the positions' pointer, mask and stride.
+    """
+    PAIRS: tl.constexpr = ROW[0]
+    row = load_row(x_ptr, m_t & m_h, stride_c, 0, ROW)
+    weight, bias = row, row
+    if STREAM[5] > 0:
+        weight = load_weight(w_ptr, row[0], o_h, m_h, STREAM[5], STREAM, ROW)
+    if STREAM[10] > 0:
+        bias = load_weight(b_ptr, row[0], o_h, m_h, STREAM[10], STREAM, ROW)
+    if PAIRS > 0:
+        cos_ptr, s_cos, sin_ptr, s_sin, p_ptr, m_r, stride_a = tables
+        cos, cos_2 = load_table(
+            cos_ptr, p_ptr, m_r, s_cos[1], s_cos[2], stride_a,
+            ROW[18], ROW[19], ROW[20], ROW, LOOKUP, AXES,
+        )  # fmt: skip
+        sin, sin_2 = load_table(
+            sin_ptr, p_ptr, m_r, s_sin[1], s_sin[2], stride_a,
+            ROW[21], ROW[22], ROW[23], ROW, LOOKUP, AXES,
+        )  # fmt: skip
+    if STREAM[7]:
+        scale = tl.load(scale_ptr, mask=m_t & m_h, other=0.0).to(tl.float32)
+    if STREAM[3] == 1:
+        row = normalise(row, weight, bias, eps, STREAM, ROW)
+    if PAIRS > 0:
+        first, second, low, high = row
+        turned = first * cos + ROW[7] * second * sin
+        row = turned, second * cos_2 + ROW[8] * first * sin_2, low, high
+    if STREAM[3] == 2:
+        row = normalise(row, weight, bias, eps, STREAM, ROW)
+    if STREAM[7]:
+        row = scaled(row, scale)
+    if STREAM[8] != 1.0:
+        row = scaled(row, STREAM[8])
+    return row
