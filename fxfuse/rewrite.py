@@ -245,6 +245,9 @@ class _Editor:
         for d in range(rank - 1):
             if d not in place_of:
                 result = self._add("unsqueeze", (result, d), anchor)
+        if len(pair := decoded.channel_axes) > 1:
+            sizes = tuple(decoded.slot.shape[axis] for axis in pair)
+            result = self._add("unflatten", (result, -1, sizes), anchor)
         return result
 
     def _substitute(self, slot: Slot, new: fx.Node, but: Set[fx.Node] = frozenset()) -> None:

@@ -138,9 +138,17 @@ def _is_scale(by: Slot, x: Slot) -> bool:
     return len(by.shape) <= len(x.shape) and (not by.shape or by.shape[-1] == 1)
 
 
+def _copy(chain: _Chain, call: Call) -> Slot | None:
+    """A copy of what is cast; one in front of the cast is the rows themselves."""
+    x: Slot = call.args[0]
+    return x if x.dtype in EIGHT_BITS else None
+
+
 STEPS: dict[Any, Any] = {
     aten.view.dtype: _bits,
     aten._to_copy.default: _to,
+    aten.clone.default: _copy,
+    aten.contiguous.default: _copy,
     aten.clamp.default: _clamp,
     aten.div.Tensor: _scale,
     aten.div.Scalar: _scale,

@@ -21,8 +21,9 @@ from fxfuse.patterns.decode import decode, is_rotated
 from fxfuse.patterns.norms import NORM_KINDS
 from fxfuse.patterns.prove import Disproved, Untried, prove
 from fxfuse.patterns.read import Reading
+from fxfuse.patterns.roles import common_of
 from fxfuse.patterns.site import Decoded
-from fxfuse.patterns.value import Leaf, Value
+from fxfuse.patterns.value import Atom, Kind, Leaf, Value
 from fxfuse.slots import Call, Scalar, Slot, slots_of
 
 aten = torch.ops.aten
@@ -93,8 +94,8 @@ class Frontier:
         value = self.reading.values[slot]
         if not self._computes(call) and not self._parts_rows(call):
             return
-        if is_rotated(value):
-            self._try(call, slot, value, "decode")
+        if is_rotated(rows := _with_channels(value)):
+            self._try(call, slot, rows, "decode")
         elif (leaf := statistic_in(value)) in self.readers:
             self._try(call, slot, value, "norm")
         elif leaf is not None:
@@ -121,7 +122,7 @@ class Frontier:
 
     def _accept_part(self, call: Call, slot: Slot) -> bool:
         """Whether the slot is a stream from a tensor in the midst of its chain on."""
-        for value in cuts(self.reading, slot):
+        for value in map(_with_channels, cuts(self.reading, slot)):
             if is_rotated(value):
                 try:
                     self._accept(call, slot, value)
@@ -133,14 +134,26 @@ class Frontier:
 
     def _computes(self, call: Call) -> bool:
         """Whether a call's result is a stream's end: no view, but for the one that merges pairs
-        into channels, as the flatten after a stack or after view_as_real.
+        into channels, as the flatten after a stack or after view_as_real. Pairs that others read
+        as well are themselves the end.
         """
         if self.reading.relations[call] != "view":
             return True
+        if not self._alone_reads(call):
+            return False
         x, y = self.reading.values[call.inputs()[0]].dims, self.reading.values[call.outs[0]].dims
         if len(x) < 2 or not y or x[-1] == y[-1] or x[:-2] != y[:-1]:
             return False
         return y[-1] == (*x[-2], *x[-1])
+
+    def _alone_reads(self, view: Call) -> bool:
+        """Whether what a view sees, through other views too, has no other reader."""
+        views = self.reading.views_of(view.outs[0])
+        slots = [v.inputs()[0] for v in views]
+        return all(
+            slot not in self.uses.returned and self.uses.consumers[slot] == [reader]
+            for slot, reader in zip(slots, views, strict=True)
+        )
 
     def _parts_rows(self, call: Call) -> bool:
         """Whether a view gives tokens and heads axes of their own, of a norm over rows of heads
@@ -236,6 +249,26 @@ def _grad_modes(graph: fx.Graph) -> dict[fx.Node, bool]:
             mode = bool(node.args[0])
         modes[node] = mode
     return modes
+
+
+def _with_channels(value: Value) -> Value:
+    """The value with one axis of channels where its last two are those of pairs."""
+    lead, last = value.dims[:-2], value.dims[-2:]
+    if not lead or not any(_holds_a_pair(value, dim) for dim in last):
+        return value
+    return dataclasses.replace(value, dims=(*lead, last[0] + last[1]))
+
+
+def _holds_a_pair(value: Value, dim: tuple[Atom, ...]) -> bool:
+    """Whether the two of a pair stand along an axis: each is computed for itself, or of the same
+    numbers of the source by two of a table.
+    """
+    if len(dim) != 1 or dim[0].size != 2:
+        return False
+    factors = [f for term in value.terms for f in term.factors]
+    walked = {f.leaf for f in factors if any(index.stride(dim[0]) for index in f.axes)}
+    sources = {leaf for leaf in common_of(value) if leaf.kind is Kind.DATA}
+    return dim[0] in value.explicit or (bool(walked) and not walked & sources)
 
 
 def _is_heads_first(decoded: Decoded) -> bool:

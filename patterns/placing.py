@@ -45,13 +45,13 @@ def placed(reading: Reading, store: StoreWrite, decoded: Decoded, roots: Sequenc
     (factor,) = value.terms[0].factors
     shape = list(decoded.slot.shape)
     walked = [_walked(index, size) for index, size in zip(factor.axes, shape, strict=True)]
-    rows = dict(zip("bthd", (*decoded.rows, len(shape) - 1), strict=True))
+    rows = [() if axis is None else (axis,) for axis in decoded.rows]
     whole: dict[str, Atoms] = {}
-    for letter, axis in rows.items():
-        atoms = () if axis is None else walked[axis]
-        if atoms is None:
+    for letter, axes in zip("bthd", (*rows, decoded.channel_axes), strict=True):
+        every = [walked[axis] for axis in axes]
+        if None in every:
             raise Refused(f"rows of shape {list(store.value.shape)} that are a part of {shape}")
-        whole[letter] = atoms
+        whole[letter] = tuple(atom for atoms in every for atom in atoms or ())
     return _placed(store, value, whole, roots)
 
 
@@ -248,18 +248,12 @@ def scale_access(reading: Reading, store: StoreWrite, axes: str, flat: bool) -> 
         return Access(leaf, (("view", (1, 1, -1)),))
     if store.axes:
         raise Refused(f"a scale {list(by.shape)}, wanted one element or {store.value.shape[1]}")
-    if flat or not _is_behind(store, call):
-        raise Refused("a scale by row of rows that are regrouped before they are stored")
-    lead = len(store.value.shape) - rank
-    names: list[str] = ["?"] * len(store.value.shape)
-    for letter, place in zip(axes, store.places, strict=True):
-        if letter in "bhde_" and place is not None:
-            names[place] = letter
-    if store.tokens:
-        names[store.tokens[-1]] = "t"
-    walked = {names[lead + i]: i for i, size in enumerate(by.shape) if size != 1}
-    if not set(walked) <= set("bth"):
+    names = _letters(reading, store, axes, call.outs[0])[-rank:]
+    walked = {names[i]: i for i, size in enumerate(by.shape) if size != 1}
+    if "d" in walked:
         raise Refused("a scale that differs by channel")
+    if "" in walked or (flat and "t" in walked):
+        raise Refused("a scale by row of rows that are regrouped before they are stored")
     order = [walked[x] for x in "bth" if x in walked]
     others = [i for i in range(rank) if i not in order]
     made: list[Step] = (
@@ -270,17 +264,20 @@ def scale_access(reading: Reading, store: StoreWrite, axes: str, flat: bool) -> 
     return Access(leaf, tuple(made))
 
 
-def _is_behind(store: StoreWrite, call: Call) -> bool:
-    """Whether nothing but the cast stands between one of its calls and the store."""
-    at = store.value.call
-    while at is not None and at is not call:
-        if at in store.through:
-            at = store.through[at].call
-        elif at.op is aten.detach.default:
-            at = at.inputs()[0].call
-        else:
-            return False
-    return at is call
+def _letters(reading: Reading, store: StoreWrite, axes: str, origin: Slot) -> list[str]:
+    """What each axis of a tensor is in the rows that a cast and views make of it: "b", "t" or "h",
+    "d" of channels or a part of them, "" of what is none of these.
+    """
+    value = seen_from(reading, origin, store.value, store.through)
+    if value is None or len(value.terms) != 1:
+        return [""] * len(origin.shape)
+    found = {_tokens(value, store): "t"}
+    for letter, place in zip(axes, store.places, strict=True):
+        atoms = _atoms(value, place) if letter in "bhde" else ()
+        found |= {(atom,): "d" for atom in atoms} if letter in "de" else {atoms: letter}
+    (factor,) = value.terms[0].factors
+    each = [_walked(index, size) for index, size in zip(factor.axes, origin.shape, strict=True)]
+    return [found.get(atoms, "") if atoms else "" for atoms in each]
 
 
 def _atoms(value: Value, axis: int | None) -> Atoms:

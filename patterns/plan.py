@@ -313,8 +313,8 @@ class _Planner:
             reported.add(slot)
             self.plan.refusals.append(Refusal(stage, slot.node.name, reason, location(slot.node)))
         for site in self.plan.sites:
-            if site.k is not None and site.k_store is None and self.may_store:
-                self._report_writes(site.k)
+            if site.k_store is None and self.may_store:
+                self._report_writes(site.k or site.q)
             elif site.k_store is not None and site.v_store is None:
                 self._report_store(self._beside(site.k_store)[:1])
 

@@ -67,6 +67,11 @@ class Decoded:
     bias: Access | None = None
     positions: Access | None = None
 
+    @property
+    def channel_axes(self) -> tuple[int, ...]:
+        """The slot's axes that its channels walk: two where they are pairs, not flattened there."""
+        return tuple(range(len(self.value.dims) - 1, len(self.slot.shape)))
+
     def accesses(self) -> list[Access]:
         every = (self.x, self.weight, self.bias, self.scale, self.cos, self.sin, self.positions)
         return [a for a in every if a is not None]

@@ -59,7 +59,7 @@ class Stores:
         for store in self.writes:
             origin = self.origin(store.value, store.through)
             self.stored_from.setdefault(origin, []).append(store)
-            if (store.joint or origin not in self.ends) and self._note(store.call, origin):
+            if self._note(store.call, origin) and (store.joint or origin not in self.ends):
                 made = f"stored rows that {origin.call.op} makes" if origin.call else "stored rows"
                 self.reasons.setdefault(store.call, f"{made} of the rotated ones")
 

@@ -222,6 +222,33 @@ def test_rows_are_cast(dtype: str, name: str, compiler: str, as_bits: bool) -> N
             assert getattr(layout.cast, field) == value
 
 
+SCALED_ROWS = {
+    "head": ((G, 1), ["store(k,v)"]),
+    "row": ((2, T, G, 1), []),
+    "batch row": ((2, 1, 1, 1), []),
+}
+
+
+@pytest.mark.null
+@pytest.mark.parametrize("by", SCALED_ROWS)
+def test_rows_of_a_batch_are_scaled_before_they_are_one_row_of_tokens(by: str) -> None:
+    def finish(
+        q: Tensor, k: Tensor, v: Tensor, ks: Tensor, vs: Tensor, slots: Tensor, s: Tensor
+    ) -> Any:
+        for cache, rows in ((ks, k), (vs, v)):
+            cache[slots] = (rows / s).to(torch.float8_e5m2).flatten(0, 1)
+        return q
+
+    shape, stages = SCALED_ROWS[by]
+    memory = [torch.full((24, G, D), 3.0).to(torch.float8_e5m2) for _ in "kv"]
+    rows = [(2, T, n, D) for n in (H, G, G)]
+    slots = torch.randperm(24, generator=torch.Generator().manual_seed(0))[: 2 * T]
+    scale = 0.1 + torch.rand(shape)
+    report = check(Rotated(finish), rows, torch.arange(T).expand(2, -1), *memory, slots, scale)
+    assert [s for f in report.fused for s in f.stages if s.startswith("store")] == stages
+    assert stages or any("regrouped before they are stored" in r.reason for r in report.refused)
+
+
 @pytest.mark.null
 @pytest.mark.parametrize(
     ("cast", "reason"),
