@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from fxfuse.patterns.value import (
     MAX_EXPLICIT,
@@ -16,6 +16,8 @@ from fxfuse.patterns.value import (
     Value,
     product,
 )
+
+Atoms: TypeAlias = tuple[Atom, ...]
 
 
 def count_of(atoms: Sequence[Atom]) -> int:
@@ -171,6 +173,17 @@ def divide(size: Size, by: Size) -> Size | None:
     if quotient.is_Integer:
         return int(quotient)
     return quotient if quotient.as_numer_denom()[1] == 1 else None
+
+
+def walking(index: Index, size: Size) -> Atoms | None:
+    """The atoms that walk an axis from its first to its last element, in order."""
+    reached: Size = 1
+    for atom, stride in reversed(index.strides):
+        if stride != reached:
+            return None
+        reached = reached * atom.size
+    is_whole = not any(index.offsets) and divide(size, reached) == 1
+    return tuple(a for a, _ in index.strides) if is_whole else None
 
 
 def split_atom(value: Value, atom: Atom, inner: Size) -> tuple[Value, Atom, Atom]:

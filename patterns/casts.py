@@ -3,15 +3,18 @@
     rows = (k / k_scale).clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
 
 In comes a cache write, out comes the same write with the calls of such a chain in its `Cast`, read
-backwards from the cache; or the write as it came, where its rows are of no 8-bit format.
+backwards from the cache; or the write as it came, where its rows are of no 8-bit format. Rows that
+were joined as bytes are written by two.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from fxfuse.patterns.access import Refused
+from fxfuse.patterns.parted import parted
 from fxfuse.patterns.read import Reading
 from fxfuse.patterns.record import Cast
 from fxfuse.patterns.site import StoreWrite
@@ -29,31 +32,34 @@ EIGHT_BITS = (*FORMATS, torch.uint8)
 ROUNDED = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def cast_of(reading: Reading, store: StoreWrite) -> StoreWrite:
-    """The write with what its rows went through since they were rounded last. Raises Refused where
-    that is no `Cast`.
+def casts_of(reading: Reading, store: StoreWrite) -> Sequence[StoreWrite]:
+    """The write with what its rows went through since they were rounded last; or two, of rows that
+    were joined after that. Raises Refused where that is no `Cast`.
     """
     if store.axes:
-        return store
+        return [store]
     slot = store.value
     if slot.dtype not in EIGHT_BITS:
         if slot.dtype != store.cache.dtype:
             raise Refused(f"a cache of {store.cache.dtype} for rows of {slot.dtype}")
-        return store
+        return [store]
     chain = _Chain(reading)
     while slot.call is not None:
         before = chain.step(slot.call)
         if before is None:
             break
         slot = before
-    if not chain.cast.dtype:
-        raise Refused(f"rows of {store.value.dtype} that are no cast of rows")
-    if store.cache.dtype not in (getattr(torch, chain.cast.dtype), torch.uint8):
-        raise Refused(f"a cache of {store.cache.dtype} for rows of {chain.cast.dtype}")
     cast = dataclasses.replace(store, cast=chain.cast, through=chain.through, scale=chain.scale)
     if any(reading.is_written(call.outs[0], store.call) for call in chain.through):
         raise Refused("rows that are written between their cast and their store")
-    return cast
+    if not chain.cast.dtype:
+        parts = parted(reading, cast)
+        if len(parts) == 1:
+            raise Refused(f"rows of {store.value.dtype} that are no cast of rows")
+        return [cast for part in parts for cast in casts_of(reading, part)]
+    if store.cache.dtype not in (getattr(torch, chain.cast.dtype), torch.uint8):
+        raise Refused(f"a cache of {store.cache.dtype} for rows of {chain.cast.dtype}")
+    return [cast]
 
 
 class _Chain:

@@ -54,6 +54,7 @@ def _narrow(
 VIEWS: dict[Any, Callable[[Call], tuple[Step, ...] | None]] = {
     aten.select.int: _select,
     aten.slice.Tensor: _slice,
+    aten.unflatten.int: lambda call: (("unflatten", *call.args[1:]),),
     aten.unsqueeze.default: lambda call: (("unsqueeze", call.args[1]),),
     aten.alias.default: lambda call: (),
 }

@@ -12,17 +12,16 @@ from typing import TypeAlias
 import torch
 
 from fxfuse.patterns.access import CHANNELS, Refused, placed_access
-from fxfuse.patterns.atoms import divide
+from fxfuse.patterns.atoms import Atoms, walking
 from fxfuse.patterns.cut import seen_from
 from fxfuse.patterns.read import Reading
 from fxfuse.patterns.record import Layout, Pass, Stream
 from fxfuse.patterns.site import Access, Decoded, Step, StoreWrite
-from fxfuse.patterns.value import Atom, Index, Kind, Leaf, Size, Value, product
+from fxfuse.patterns.value import Kind, Leaf, Size, Value, product
 from fxfuse.slots import Call, Slot
 
 aten = torch.ops.aten
 
-Atoms: TypeAlias = tuple[Atom, ...]
 Sizes: TypeAlias = tuple[Size, Size]  # batch rows and tokens
 NAMES = {"b": "batch", "t": "tokens", "h": "heads", "d": CHANNELS}
 
@@ -44,7 +43,7 @@ def placed(reading: Reading, store: StoreWrite, decoded: Decoded, roots: Sequenc
         raise Refused("stored rows that are no view of the rotated ones")
     (factor,) = value.terms[0].factors
     shape = list(decoded.slot.shape)
-    walked = [_walked(index, size) for index, size in zip(factor.axes, shape, strict=True)]
+    walked = [walking(index, size) for index, size in zip(factor.axes, shape, strict=True)]
     rows = [() if axis is None else (axis,) for axis in decoded.rows]
     whole: dict[str, Atoms] = {}
     for letter, axes in zip("bthd", (*rows, decoded.channel_axes), strict=True):
@@ -276,7 +275,7 @@ def _letters(reading: Reading, store: StoreWrite, axes: str, origin: Slot) -> li
         atoms = _atoms(value, place) if letter in "bhde" else ()
         found |= {(atom,): "d" for atom in atoms} if letter in "de" else {atoms: letter}
     (factor,) = value.terms[0].factors
-    each = [_walked(index, size) for index, size in zip(factor.axes, origin.shape, strict=True)]
+    each = [walking(index, size) for index, size in zip(factor.axes, origin.shape, strict=True)]
     return [found.get(atoms, "") if atoms else "" for atoms in each]
 
 
@@ -295,14 +294,3 @@ def _name(atoms: Atoms, whole: dict[str, Atoms]) -> str:
 
 def _names(value: Value, whole: dict[str, Atoms]) -> str:
     return f"[{', '.join(_name(atoms, whole) for atoms in value.dims)}]"
-
-
-def _walked(index: Index, size: Size) -> Atoms | None:
-    """The atoms that walk an axis from its first to its last element, in order."""
-    reached: Size = 1
-    for atom, stride in reversed(index.strides):
-        if stride != reached:
-            return None
-        reached = reached * atom.size
-    is_whole = not any(index.offsets) and divide(size, reached) == 1
-    return tuple(a for a, _ in index.strides) if is_whole else None

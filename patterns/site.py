@@ -130,7 +130,7 @@ class StoreWrite:
     axes      the letters of the cache's axes where an op's contract says them: the value is
               [T, G, D] then
     joint     the call that joined the value with another one, where this is one of two writes that
-              the graph does as one
+              the graph does as one; `behind` has the calls of a cast of what was joined
     """
 
     call: Call
@@ -146,11 +146,13 @@ class StoreWrite:
     scale: tuple[Slot, Call] | None = None
     axes: str = ""
     joint: Call | None = None
+    behind: frozenset[Call] = frozenset()
 
     @property
     def handed_on(self) -> frozenset[Call]:
         """The calls between rows and cache that are the write's own; they count as views."""
-        return frozenset(self.through) | ({self.joint} if self.joint is not None else frozenset())
+        joint = {self.joint} if self.joint is not None else frozenset()
+        return frozenset(self.through) | joint | self.behind
 
     @property
     def roots(self) -> tuple[Slot, ...]:

@@ -11,8 +11,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 import torch
 
 from fxfuse.patterns.access import Refused
-from fxfuse.patterns.casts import EIGHT_BITS, cast_of
-from fxfuse.patterns.parted import parted
+from fxfuse.patterns.casts import casts_of
 from fxfuse.patterns.read import Reading
 from fxfuse.patterns.site import CacheIndex, StoreWrite
 from fxfuse.patterns.value import Size, product
@@ -211,8 +210,7 @@ def find_stores(reading: Reading) -> tuple[list[StoreWrite], dict[Call, str]]:
                 made = [slot for index in store.indices for slot in index.made]
                 if any(reading.is_written(slot, call) for slot in made):
                     raise Refused("indices that are written before the store")
-                whole = [store] if store.value.dtype not in EIGHT_BITS else parted(reading, store)
-                stores += [cast_of(reading, part) for part in whole]
+                stores += casts_of(reading, store)
         except Refused as reason:
             refused[call] = str(reason)
     return stores, refused

@@ -1,7 +1,7 @@
 """Storing: which cache writes join the site of which streams, and what the op needs for it."""
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from fxfuse.patterns.access import Refused
 from fxfuse.patterns.cut import NOTHING
@@ -45,11 +45,7 @@ class Stores:
         self.ends = {d.slot for d in streams}
         self.reasons: dict[Call, str] = {}
         self.refused = refused
-        self.writes = [
-            part
-            for store in found
-            for part in ([store] if store.value in self.ends else parted(reading, store))
-        ]
+        self.writes = [part for store in found for part in self._parted(store)]
         self.joints = {store.joint for store in self.writes}
         self.behind: dict[Slot, list[Call]] = {}
         self.stored_from: dict[Slot, list[StoreWrite]] = {}
@@ -62,6 +58,11 @@ class Stores:
             if self._note(store.call, origin) and (store.joint or origin not in self.ends):
                 made = f"stored rows that {origin.call.op} makes" if origin.call else "stored rows"
                 self.reasons.setdefault(store.call, f"{made} of the rotated ones")
+
+    def _parted(self, store: StoreWrite) -> Sequence[StoreWrite]:
+        """A stream's rows are whole, also where they are a join themselves."""
+        is_whole = self.origin(store.value, store.through) in self.ends
+        return [store] if is_whole else parted(self.reading, store)
 
     def _note(self, call: Call, value: Slot) -> bool:
         """Note a write behind the streams' ends that a value is computed of by row, whatever stands

@@ -88,6 +88,35 @@ def stack_of_8_bits(kv: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
     kv[:, slots] = torch.stack([cast(k).view(torch.uint8), cast(v).view(torch.uint8)])
 
 
+def stack_behind_a_cast(kv: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
+    kv.view(torch.float8_e4m3fn)[:, slots] = torch.stack([k, v]).to(torch.float8_e4m3fn)
+
+
+def cat_behind_a_scale(kv: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
+    kv[slots // P, slots % P] = cast(torch.cat([k, v], -1) * 0.5).view(torch.uint8)
+
+
+def stack_moved(kv: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
+    kv[:, slots] = torch.stack([k, v], -1).permute(3, 0, 1, 2)
+
+
+def stack_flattened(kv: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
+    kv[slots] = torch.stack([k, v], 1).flatten(1, 2)
+
+
+def cat_of_channels_as_heads_in_turns(kv: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
+    kv[slots // P, slots % P] = torch.cat([k, v], -1).view(len(k), -1, D)
+
+
+def cat_of_heads_unflattened(kv: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
+    kv[slots // P, slots % P] = torch.cat([k, v], 1).view(len(k), 2, -1, D)
+
+
+def stack_of_8_bits_flattened(kv: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
+    joined = torch.stack([cast(k), cast(v)], 2).flatten(1, 2)
+    kv[slots] = joined.contiguous().view(torch.uint8)
+
+
 def k_written(kv: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
     """After it was joined: nobody reads it then."""
     joined = torch.stack([k, v])
@@ -95,23 +124,32 @@ def k_written(kv: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
     kv[:, slots] = joined
 
 
-FIRST, FLAT, WIDE = (2, N, P, G, D), (2, N * P, G, D), (N, P, G, 2 * D)
+# Shapes of caches; a negative size is in heads.
+FIRST, FLAT, WIDE = (2, N, P, -1, D), (2, N * P, -1, D), (N, P, -1, 2 * D)
 WRITES: dict[Write, tuple[int, ...]] = {
     stack_in_front: FIRST,
     stack_v_first: FIRST,
-    stack_behind_slots: (N, P, 2, G, D),
-    stack_behind_heads: (N * P, G, 2, D),
-    stack_by_page: (N, 2, P, G, D),
+    stack_behind_slots: (N, P, 2, -1, D),
+    stack_behind_heads: (N * P, -1, 2, D),
+    stack_by_page: (N, 2, P, -1, D),
     cat_of_channels: WIDE,
-    cat_of_heads: (N, P, 2 * G, D),
-    cat_by_index_copy: (N * P, 2 * G, D),
+    cat_of_heads: (N, P, -2, D),
+    cat_by_index_copy: (N * P, -2, D),
     cat_in_front: FIRST,
-    cat_of_unlike_widths: (N * P, G, D + D // 2),
+    cat_of_unlike_widths: (N * P, -1, D + D // 2),
     stack_of_a_part: (3, *FLAT),
     stack_in_a_subscript: (3, *FIRST),
     stack_of_8_bits: FLAT,
+    stack_behind_a_cast: FLAT,
+    cat_behind_a_scale: WIDE,
+    stack_moved: FLAT,
+    stack_flattened: (N * P, -2, D),
+    cat_of_channels_as_heads_in_turns: (N, P, -2, D),
+    cat_of_heads_unflattened: (N, P, 2, -1, D),
+    stack_of_8_bits_flattened: (N * P, -2, D),
     k_written: FLAT,
 }
+BITS = (stack_of_8_bits, stack_behind_a_cast, cat_behind_a_scale, stack_of_8_bits_flattened)
 COMPILERS = pytest.mark.parametrize(
     "compiler",
     [
@@ -121,15 +159,18 @@ COMPILERS = pytest.mark.parametrize(
 )
 
 
-def stored(write: Write, shape: tuple[int, ...], compiler: str = "eager") -> fxfuse.Report:
+def stored(
+    write: Write, shape: tuple[int, ...], compiler: str = "eager", tokens: int = T, heads: int = G
+) -> fxfuse.Report:
     def finish(q: Tensor, k: Tensor, v: Tensor, kv: Tensor, slots: Tensor) -> Any:
         seen = write(kv, slots, k, v)
         return q if seen is None else (q, seen)
 
-    rows = [(T, n, D) for n in (H, G, G)]
-    dtype = torch.uint8 if write is stack_of_8_bits else torch.float32
-    kv = torch.full(shape, 3, dtype=dtype)
-    return check(Rotated(finish), rows, torch.arange(T), kv, SLOTS, compiler=compiler)
+    rows = [(tokens, n, D) for n in (H, heads, heads)]
+    dtype = torch.uint8 if write in BITS else torch.float32
+    kv = torch.full([n if n > 0 else -n * heads for n in shape], 3, dtype=dtype)
+    given = (torch.arange(tokens), kv, SLOTS[:tokens])
+    return check(Rotated(finish), rows, *given, compiler=compiler)
 
 
 @COMPILERS
@@ -139,6 +180,14 @@ def test_joined_rows_are_stored_by_one_op(write: Write, compiler: str) -> None:
     (fused,) = report.fused
     assert fused.stages == (ROPE, "store(k,v)") and not report.refused
     assert not fused.record.k.keep
+
+
+@pytest.mark.null
+@pytest.mark.parametrize(("tokens", "heads"), [(1, 1), (1, 2), (2, 2), (5, 1)])
+@pytest.mark.parametrize("write", WRITES, ids=lambda f: f.__name__)
+def test_sizes_do_not_tell_axes_apart(write: Write, tokens: int, heads: int) -> None:
+    (fused,) = stored(write, WRITES[write], tokens=tokens, heads=heads).fused
+    assert fused.stages == (ROPE, "store(k,v)")
 
 
 @pytest.mark.null
@@ -198,14 +247,30 @@ def of_tokens(kv: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
     kv[torch.cat([slots, slots + 1])] = torch.cat([k, v])
 
 
-def moved(kv: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
-    kv[:, slots] = torch.stack([k, v], -1).permute(3, 0, 1, 2)
+def flattened_over_heads(kv: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
+    kv[slots] = torch.stack([k, v], 1).flatten(1)
+
+
+def scaled_apart(kv: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
+    by = torch.tensor([0.5, 2.0], device=k.device).view(2, 1, 1, 1)
+    kv[:, slots] = (torch.stack([k, v]) / by).to(torch.float8_e4m3fn).view(torch.uint8)
+
+
+def cast_written(kv: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
+    joined = torch.stack([k, v]).to(torch.float8_e4m3fn).view(torch.uint8)
+    joined[1].zero_()
+    kv[:, slots] = joined
+
+
+def a_part_of_the_join(kv: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
+    kv[:, slots] = torch.stack([k, v])[..., : D // 2]
 
 
 def of_unlike_rows(kv: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
     kv[slots] = torch.cat([k[:, :1], v], 1)
 
 
+BITS += (scaled_apart, cast_written)
 APART = "aten.index_put_.default stores k and v, of which one cannot join"
 MISSES: dict[Write, tuple[tuple[int, ...], str]] = {
     v_written: (FLAT, "stored rows that aten.stack.default makes of the rotated ones"),
@@ -217,7 +282,10 @@ MISSES: dict[Write, tuple[tuple[int, ...], str]] = {
     joined_changed: (FLAT, "stored rows that aten.tanh.default makes of the rotated ones"),
     k_changed: (FLAT, "stored rows that aten.tanh.default makes of the rotated ones"),
     of_tokens: ((N * P + 1, G, D), "stored rows that aten.cat.default makes of the rotated ones"),
-    moved: (FLAT, "stored rows that aten.stack.default makes of the rotated ones"),
+    flattened_over_heads: ((N * P, 2 * G * D), "stored rows that aten.stack.default makes of the"),
+    scaled_apart: (FLAT, "stored rows that aten.stack.default makes of the rotated ones"),
+    cast_written: (FLAT, "between their cast and their store"),
+    a_part_of_the_join: ((2, N * P, G, D // 2), "stored rows that aten.stack.default makes of the"),
     of_unlike_rows: ((N * P, G + 1, D), "that are a part of [5, 2, 16]"),
 }  # fmt: skip
 
@@ -253,7 +321,7 @@ def test_a_head_whose_rest_is_joined_to_it_is_one_stream() -> None:
             return q
 
     rows = [(T, n, D) for n in (H, G, G)]
-    report = check(Partial(write), rows, torch.arange(T), torch.full(FLAT, 3.0), SLOTS)
+    report = check(Partial(write), rows, torch.arange(T), torch.full((2, N * P, G, D), 3.0), SLOTS)
     (fused,) = report.fused
     assert fused.stages[-1] == "store(k,v)" and fused.record.k.channels == D
 
@@ -264,7 +332,7 @@ def test_a_head_whose_rest_is_joined_to_it_is_one_stream() -> None:
 def main() -> None:
     launches = launching()
     # Casts to 8 bits are the interpreter's own, and round otherwise.
-    exact = [write for write in WRITES if write is not stack_of_8_bits]
+    exact = [write for write in WRITES if write not in BITS]
     for write in exact:
         torch._dynamo.reset()
         report = stored(write, WRITES[write])
