@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from fxfuse import add_norm, ops, reference, schemas
-from fxfuse.patterns.record import AddNorm, Layout, Record
-from fxfuse.reference_store import index_of
+from fxfuse.patterns.record import AddNorm, Layout, Record, Store
+from fxfuse.reference_store import index_of, is_skipped
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def _before(name: str, *args: Any) -> Tensor:
         if isinstance(record, Record) and record.store is not None:
             for cache, layout in (("k_cache", record.store.k), ("v_cache", record.store.v)):
                 if call[cache] is not None:
-                    _check_slots(cache, layout, record.store.negative, call, where)
+                    _check_slots(cache, layout, record.store, call, where)
     return carrier.clone()
 
 
@@ -105,26 +105,21 @@ def _check_positions(call: dict[str, Any], where: str) -> None:
     _refuse_first("positions", call["positions"], bad, (-rows, rows - 1), "rows of cos", where)
 
 
-def _check_slots(
-    name: str, layout: Layout, negative: str, call: dict[str, Any], where: str
-) -> None:
+def _check_slots(name: str, layout: Layout, store: Store, call: dict[str, Any], where: str) -> None:
     """Each index that the layout makes of slots and offsets lies in its axis of the cache."""
     at, cache = (call["slots"], call["offsets"]), call[name]
+    skipped = is_skipped(store, layout, at)
     for digit, (operand, by, of) in enumerate(layout.index):
         size = cache.shape[layout.axes.index(str(digit))]
-        index, low = index_of(at[operand], by, of), -size if negative == "wrap" else 0
+        index, low = index_of(at[operand], by, of), -size if store.negative == "wrap" else 0
         bad = (index < low) | (index >= size)
-        if negative == "skip":
-            bad &= ~_skipped(layout, at)
+        if skipped is not None:
+            bad &= ~skipped
         what = f"axis {digit} of {name} {tuple(cache.shape)}"
-        what += ", those below 0 are skipped" if negative == "skip" else ""
+        what += ", those below 0 are skipped" if store.negative == "skip" else ""
+        what += f", {store.skipped} is skipped" if store.skipped is not None else ""
         allowed = (low * by, size * by - 1)
         _refuse_first(("slots", "offsets")[operand], at[operand], bad, allowed, what, where)
-
-
-def _skipped(layout: Layout, at: tuple[Tensor, Tensor | None]) -> Tensor:
-    operand, by, of = layout.index[0]
-    return index_of(at[operand], by, of) < 0
 
 
 def _refuse_first(
@@ -180,7 +175,7 @@ def _scratch(record: Record, call: dict[str, Any]) -> tuple[dict[str, Tensor], R
         shape = [count if layout.axes[i] == "0" else cache.shape[i] for i in kept]
         found[f"{name}_cache"] = cache.new_zeros(shape, dtype=torch.float64)
         layouts[name] = dataclasses.replace(layout, axes=axes, index=((0, 1, 0),))
-    store = dataclasses.replace(store, negative="invalid", **layouts)
+    store = dataclasses.replace(store, negative="invalid", skipped=None, **layouts)
     return found, dataclasses.replace(record, store=store)
 
 
@@ -204,12 +199,14 @@ def _compare_stored(
     indices, place = [], torch.zeros_like(at[0]).flatten().long()
     for dim, how in zip(dims, layout.index, strict=True):
         index = index_of(at[how[0]], *how[1:]).flatten()
-        index = torch.where(index < 0, index + cache.shape[dim], index).clamp_min(0)
+        index = torch.where(index < 0, index + cache.shape[dim], index)
+        index = index.clamp(0, cache.shape[dim] - 1)
         indices.append(index)
         place = place * cache.shape[dim] + index
-    written = _last(place)
-    if store.negative == "skip":
-        written &= ~_skipped(layout, at).flatten()
+    skipped = is_skipped(store, layout, at)
+    if skipped is not None:
+        place = torch.where(skipped.flatten(), -1, place)
+    written = _last(place) & (place >= 0)
     dtype = getattr(torch, layout.cast.dtype) if layout.cast.dtype else cache.dtype
     numbers = cache.view(torch.uint8) if cache.dtype.itemsize == 1 else cache
     others = [i for i in range(len(axes)) if i not in dims]

@@ -69,10 +69,10 @@ def norm_rope_store_(
             parts = parts if stored != kept else [(0, 1, k_row)]
         if "e" in store.k.axes:
             parts = [(0, 1, assembled(parts, kept.channels))]
-        write_(k_cache, store.k, store.negative, at, k_cache_scale, parts)
+        write_(k_cache, store.k, store, at, k_cache_scale, parts)
     if v is not None and v_cache is not None and record.v is not None:
         parts = row_parts(v, unrounded(record.v, store.v), None, None, None, cos, sin, 0.0)
-        write_(v_cache, store.v, store.negative, at, v_cache_scale, parts)
+        write_(v_cache, store.v, store, at, v_cache_scale, parts)
     return q_row, k_row
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from fxfuse.patterns.record import Cast, Layout, Stream
+from fxfuse.patterns.record import Cast, Layout, Store, Stream
 
 aten = torch.ops.aten
 
@@ -16,7 +16,7 @@ Part = tuple[int, int, Tensor]
 def write_(
     cache: Tensor,
     layout: Layout,
-    negative: str,
+    store: Store,
     at: tuple[Tensor, Tensor | None],
     scale: Tensor | None,
     parts: list[Part],
@@ -26,9 +26,9 @@ def write_(
     Shapes: cache as the layout's axes; at [B | 1, T]; scale [B | 1, T | 1, G | 1]; parts of rows
         [B, T, G, D], one part where channels are split.
     Mutates: cache, in place. An index below 0 counts from its axis' end, as index_put_ has it; a
-        row whose first index is below 0 is left out where negative is "skip".
+        row is left out where `is_skipped` says so.
     """
-    axes = layout.axes
+    axes, skipped = layout.axes, is_skipped(store, layout, at)
     indices = [index_of(at[operand], by, of) for operand, by, of in layout.index]
     parts = [(start, step, cast_rows(x, layout.cast, scale, cache)) for start, step, x in parts]
     if "e" in axes:
@@ -38,7 +38,17 @@ def write_(
         parts = [(0, 1, rows)]
     for start, step, rows_ in parts:
         where = cache if "e" in axes else _channels(cache, axes, start, step, rows_.shape[-1])
-        _put(where, axes, indices, rows_, negative)
+        _put(where, axes, indices, rows_, skipped)
+
+
+def is_skipped(store: Store, layout: Layout, at: tuple[Tensor, Tensor | None]) -> Tensor | None:
+    """For each slot whether its row is not written; None where every row is."""
+    operand, by, of = layout.index[0]
+    below = index_of(at[operand], by, of) < 0 if store.negative == "skip" else None
+    if store.skipped is None:
+        return below
+    named = at[0].long() == store.skipped
+    return named if below is None else below | named
 
 
 def index_of(x: Tensor | None, divisor: int, modulus: int) -> Tensor:
@@ -78,10 +88,12 @@ def _channels(cache: Tensor, axes: str, start: int, step: int, length: int) -> T
     return cache[tuple(index)]
 
 
-def _put(where: Tensor, axes: str, indices: list[Tensor], rows: Tensor, negative: str) -> None:
+def _put(
+    where: Tensor, axes: str, indices: list[Tensor], rows: Tensor, skipped: Tensor | None
+) -> None:
     """index_put_ of rows [B, T, G, D(, E)] along the indexed axes."""
-    if negative == "skip":
-        indices, rows = _without_skipped(where, axes, indices, rows)
+    if skipped is not None:
+        indices, rows = _without_skipped(where, axes, indices, rows, ~skipped.flatten())
     dims = [i for i, x in enumerate(axes) if x.isdigit()]
     free = [x for x in axes if not x.isdigit()]
     neighbours = dims[-1] - dims[0] < len(dims)
@@ -110,12 +122,11 @@ def _ordered(rows: Tensor, order: list[str]) -> Tensor:
 
 
 def _without_skipped(
-    where: Tensor, axes: str, indices: list[Tensor], rows: Tensor
+    where: Tensor, axes: str, indices: list[Tensor], rows: Tensor, kept: Tensor
 ) -> tuple[list[Tensor], Tensor]:
-    """Rows that are skipped written as the first one that is not, once more; where all are, what
+    """Rows that are skipped written as the first one that is `kept`, once more; where none is, what
     the cache holds in its first slot.
     """
-    kept = (indices[0] >= 0).flatten()
     tokens = torch.arange(kept.shape[0], device=kept.device)
     # One more, so that there is a largest of no tokens too.
     source = torch.where(kept, tokens, torch.nn.functional.pad(kept.int(), (0, 1)).argmax())

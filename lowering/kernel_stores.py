@@ -5,7 +5,8 @@ CACHE is the flat constexpr tuple of a cache, written by `launch_stores.caches`:
          (0 slots, 1 offsets), divisor, modulus, whether it is checked against its axis; from 14 on
          size of the split channels' inner axis, format (0 the pointer's, 1 e4m3fn, 2 e5m2,
          3 e4m3fnuz, 4 e5m2fnuz), scale (0 none, 1 divide, 2 multiply), factor, limit, and of what
-         rounds to no finite number: from where on, its bits, whether they have a sign
+         rounds to no finite number: from where on, its bits, whether they have a sign; from 22 on
+         whether there are offsets, whether there is one more slot that is skipped, and which
 """
 
 # Triton compiles these functions; to a type checker their arguments have no types.
@@ -142,4 +143,6 @@ def place_of(slot, offset, strides, sizes, CACHE: tl.constexpr):
         z, too = index_of(slot, offset, sizes[2], 2, CACHE)
         place += z * strides[4]
         there = there & too
+    if CACHE[23]:
+        there = there & (slot != CACHE[24])
     return place, there

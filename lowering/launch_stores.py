@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from fxfuse.lowering.operand import Operand, Size
-from fxfuse.patterns.record import Layout, Record
+from fxfuse.patterns.record import Layout, Record, Store
 
 # The formats that the kernel casts to, by its numbers.
 FORMATS = {"": 0, "float8_e4m3fn": 1, "float8_e5m2": 2, "float8_e4m3fnuz": 3, "float8_e5m2fnuz": 4}
@@ -33,15 +33,15 @@ def caches(
     found = []
     for name, layout in (("k", store.k), ("v", store.v)):
         cache = operands.get(f"{name}_cache")
-        found.append(_cache(layout, store.negative, cache, operands) if cache else _NONE)
+        found.append(_cache(layout, store, cache, operands) if cache else _NONE)
     return found[0], found[1]
 
 
-_NONE = (0,) * 14 + (1, 0, 0, 1.0, 0.0, 0.0, 0, False, False)
+_NONE = (0,) * 14 + (1, 0, 0, 1.0, 0.0, 0.0, 0, False, False, False, 0)
 
 
 def _cache(
-    layout: Layout, negative: str, cache: Operand, operands: Mapping[str, Operand | None]
+    layout: Layout, store: Store, cache: Operand, operands: Mapping[str, Operand | None]
 ) -> tuple[Any, ...]:
     indices: list[Any] = []
     for i, (operand, divisor, modulus) in enumerate(layout.index):
@@ -56,7 +56,7 @@ def _cache(
         past = 0.0
     return (
         len(layout.index),
-        NEGATIVE[negative],
+        NEGATIVE[store.negative],
         *indices,
         inner,
         FORMATS[cast.dtype],
@@ -67,6 +67,8 @@ def _cache(
         bits,
         signed,
         operands.get("offsets") is not None,
+        store.skipped is not None,
+        store.skipped or 0,
     )
 
 

@@ -82,7 +82,10 @@ ADVICE = (
         "fxfuse.register_store",
     ),
     Advice(
-        ("registered for", "without a tensor", "scale that is no tensor", r"wanted \[T, G, D\]"),
+        (
+            "registered for", "without a tensor", "scale that is no tensor", "skips a slot",
+            r"wanted \[T, G, D\]",
+        ),
         "the call that fxfuse.register_store was told of",
         "compare the op's arguments here with its contract, and register it as it is called",
     ),

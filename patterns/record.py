@@ -140,11 +140,13 @@ class Store:
 
     negative  what slot -1 means: "invalid" (index_copy_: never given), "wrap" (index_put_: an index
               below 0 counts from its axis' end) or "skip" (the row is not written)
+    skipped   a slot whose row is not written either, whatever its sign; None where there is none
     """
 
     k: Layout
     v: Layout
     negative: Literal["invalid", "wrap", "skip"] = "invalid"
+    skipped: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,7 +261,7 @@ def _store(data: dict[str, Any]) -> Store:
         index = tuple((operand, by, of) for operand, by, of in data["index"])
         return Layout(data["axes"], index, Cast(**data["cast"]))
 
-    return Store(layout(data["k"]), layout(data["v"]), data["negative"])
+    return Store(layout(data["k"]), layout(data["v"]), data["negative"], data.get("skipped"))
 
 
 def _stream(data: dict[str, Any]) -> Stream:

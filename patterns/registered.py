@@ -33,6 +33,7 @@ class CacheOp:
     layout: str
     value_layout: str
     negative: Literal["skip", "wrap", "invalid"]
+    skipped_slot: int | str | None
     key_scale: str | None
     value_scale: str | None
     scale: Literal["divide", "multiply"]
@@ -99,7 +100,15 @@ class CacheOp:
             self._cast(memory, x, by),
             scale=(by, call) if isinstance(by, Slot) else None,
             axes=layout,
+            skipped=self._skipped(given),
         )
+
+    def _skipped(self, given: Mapping[str, Any]) -> int | None:
+        named = self.skipped_slot
+        slot = given[named] if isinstance(named, str) else named
+        if slot is not None and not isinstance(slot, int):
+            raise Refused(f"{self.op} skips a slot that is no number: {slot}")
+        return slot
 
     def _cast(self, memory: Slot, rows: Slot, by: Any) -> Cast:
         number = memory.dtype if memory.dtype in FORMATS else self.format
@@ -145,6 +154,7 @@ def register_store(
     layout: str = "01hd",
     value_layout: str | None = None,
     negative: Literal["skip", "wrap", "invalid"] = "skip",
+    skipped_slot: int | str | None = None,
     key_scale: str | None = None,
     value_scale: str | None = None,
     scale: Literal["divide", "multiply"] = "divide",
@@ -173,6 +183,10 @@ def register_store(
     offsets  an argument with the place in the page, where slots are blocks
     negative what a slot below 0 means: "skip" leaves the row out, "wrap" counts from the end,
              "invalid" never comes
+    skipped_slot
+             one more slot whose row is left out, before anything else is said of it: a number
+             (-1, the count of slots), or the name of the argument that has it, None there for no
+             slot; the others below 0 are what `negative` says
     scale    for caches of 8 bits: whether rows are divided by their scale or multiplied
     format   what a uint8 cache's bits are, such as torch.float8_e4m3fn
     limit    rows are clamped to +-limit before they are cast; 0.0: not
@@ -182,6 +196,12 @@ def register_store(
     Errors: FxfuseError for arguments that the op has not, and for letters that say nothing.
     """
     said = [key, value, key_cache, value_cache, slots, offsets, key_scale, value_scale]
+    if not isinstance(skipped_slot, (int, str, type(None))):
+        raise FxfuseError(
+            f"fxfuse.register_store: skipped_slot={skipped_slot}, wanted a number or an argument's "
+            "name"
+        )
+    said += [skipped_slot] if isinstance(skipped_slot, str) else []
     _check_op(op, [*(name for name in said if name is not None), *(when or {})])
     if (value is None) != (value_cache is None):
         raise FxfuseError("fxfuse.register_store: wanted value and value_cache, or neither")
@@ -189,7 +209,7 @@ def register_store(
     _check_axes(layout, other)
     entry = CacheOp(
         op, key, key_cache, slots, value, value_cache, offsets, layout, other, negative,
-        key_scale, value_scale, scale, format, limit, tuple((when or {}).items()),
+        skipped_slot, key_scale, value_scale, scale, format, limit, tuple((when or {}).items()),
     )  # fmt: skip
     LAYOUTS[op] = entry.read
     return _until_end(op)

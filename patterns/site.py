@@ -124,7 +124,7 @@ class StoreWrite:
     places    for each axis of the cache the value's axis that fills it, None where the value lacks
               one of size 1; for those of `indexed` the number of their index
     tokens    the value's axes that the indices walk, without those that it lacks
-    negative  what an index below 0 means, see `Store`
+    negative  what an index below 0 means, see `Store`; `skipped` too
     cast      how the value's numbers became the cache's; `through` has the calls that did it, each
               with the tensor it did it to, and `scale` their scale tensor and its reader
     axes      the letters of the cache's axes where an op's contract says them: the value is
@@ -147,6 +147,7 @@ class StoreWrite:
     axes: str = ""
     joint: Call | None = None
     behind: frozenset[Call] = frozenset()
+    skipped: int | None = None
 
     @property
     def handed_on(self) -> frozenset[Call]:

@@ -115,6 +115,8 @@ class Stores:
             if store.negative != k_store.negative:
                 reason = f"slots below 0 are {store.negative} where those of k are "
                 reason += k_store.negative
+            elif store.skipped != k_store.skipped:
+                reason = f"slot {store.skipped} is skipped where those of k skip {k_store.skipped}"
             elif (stored := self._copy(k, k_store, store)) is None:
                 reason = "stored rows that are no view of a tensor of the graph"
             elif isinstance(stored, str):
@@ -175,7 +177,7 @@ class Stores:
             scale_access(self.reading, store, letters.axes, where.flat) if store else None
             for store, letters in ((k_store, where.layout), (v_store, layout))
         ]
-        record = Store(where.layout, layout, k_store.negative)
+        record = Store(where.layout, layout, k_store.negative, k_store.skipped)
         return Stored(record, v, slots, (scales[0], scales[1]))
 
 

@@ -93,7 +93,7 @@ def with_dtype(record: Record, dtype: str) -> Record:
 
 def paged(
     k: str, v: str, page: int = 4, split: int = 2, negative: Any = "wrap", cast: Cast = CACHES_OWN,
-    given: bool = False,
+    given: bool = False, skipped: int | None = None,
 ) -> Store:  # fmt: skip
     """Caches of pages, with axes that hold `split` of a page's tokens or of a row's channels."""
 
@@ -104,7 +104,7 @@ def paged(
         index += [(offset, 1, inner)] if "2" in axes else []
         return Layout(axes, tuple(index), cast)
 
-    return Store(layout(k), layout(v), negative)
+    return Store(layout(k), layout(v), negative, skipped)
 
 
 E4M3 = Cast("float8_e4m3fn", "divide", 1.0, 448.0)
@@ -148,6 +148,7 @@ SITES: dict[str, Record] = {
     "pages, blocks and offsets": site(32, store=paged("0h1d", "0h1d", given=True)),
     "shuffled pages": site(48, norm=NORM, store=paged("0hd1e", "0h1d2"), k_keep=False),
     "pages, skipped": site(24, neighbours(24), store=paged("01hd", "0h1d", negative="skip")),
+    "pages, one slot skipped": site(24, store=paged("0hd1e", "01hd", given=True, skipped=1)),
     "8 bits": site(64, norm=NORM, store=paged("01hd", "01hd", cast=E4M3), k_keep=False),
     "8 bits, shuffled": site(
         32, neighbours(32, 16), store=paged("0hd1e", "0h1d2", cast=Cast("float8_e5m2", "multiply"))
@@ -269,6 +270,8 @@ def operands(
         tensors |= _caches(record, name, batch, kv_heads, slots, dtype, device)
         if any(operand for operand, *_ in record.store.k.index):
             tensors |= {"slots": order // 4, "offsets": order % 4}
+        if record.store.skipped is not None:
+            tensors["slots"][:, ::2] = record.store.skipped
         for x in ("k", "v"):
             if record.store.k.cast.scale and tensors[f"{x}_cache"] is not None:
                 shape = (1, tokens, 1) if x == "k" else (1, 1, kv_heads)
@@ -358,7 +361,7 @@ def untouched(case: Operands) -> bool:
         write_(
             kept,
             dataclasses.replace(layout_, cast=Cast()),
-            store.negative,
+            store,
             at,
             None,
             parts,

@@ -14,7 +14,8 @@ from fxfuse import debug_checks, reference
 from tests.spellings import rsqrt
 from tests.test_by_hand_compiled import Calls, by_name, operands
 from tests.test_flat import Rotated
-from tests.test_layouts import LAYOUTS, SLOTS, each
+from tests.test_layouts import LAYOUTS, PAGES, SLOTS, N, P, each
+from tests.test_register_store import PADDED, SAME_NAMES, padded
 from tests.toys import (
     Attention,
     B,
@@ -98,6 +99,20 @@ def test_rows_of_every_layout_are_compared_and_sound(name: str, caplog: Any) -> 
         IndexError, match=r"slots\[0, 2\] is 24, out of bounds: allowed are -24 to 23"
     ):
         compiled(*rows, torch.arange(T), *memory, slots)
+
+
+@torch.no_grad()
+def test_a_slot_that_is_skipped_is_not_out_of_bounds(caplog: Any) -> None:
+    rows = [torch.randn(T, n, D) for n in (H, G, G)]
+    memory, pad = [torch.full(PAGES, 3.0) for _ in "kv"], N * P
+    slots = torch.tensor([pad, 0, 3, pad, 5])
+    with fxfuse.register_store(PADDED, **SAME_NAMES, skipped_slot=pad):
+        compiled = checked(Rotated(padded(pad)))
+        compiled(*rows, torch.arange(T), *memory, slots)
+        assert fxfuse.last_report().fused[0].record.store.skipped == pad and not caplog.records
+        slots[1] = pad + 1
+        with pytest.raises(IndexError, match=rf"is {pad + 1}, out of bounds.*, {pad} is skipped"):
+            compiled(*rows, torch.arange(T), *memory, slots)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fxfuse.patterns.record import Cast, Layout, Norm, Rotation, Stream
+from fxfuse.patterns.record import Cast, Layout, Norm, Rotation, Store, Stream
 from tests.sites import Operands
 
 Array = np.ndarray[Any, Any]
@@ -47,7 +47,7 @@ def truth(case: Operands) -> dict[str, Numbers]:
             scale = _numbers(case.tensors.get(f"{name}_cache_scale"))
             rows, slack = cast(rows, slack, layout.cast, scale)
             at = (x["slots"], x.get("offsets"))
-            found[f"{name}_cache"] = stored(rows, slack, layout, record.store.negative, at, cache)
+            found[f"{name}_cache"] = stored(rows, slack, layout, record.store, at, cache)
     return found
 
 
@@ -129,7 +129,7 @@ def cast(rows: Array, slack: Array, how: Cast, scale: Array | None) -> tuple[Arr
 
 
 def stored(
-    rows: Array, slack: Array, layout: Layout, negative: str,
+    rows: Array, slack: Array, layout: Layout, store: Store,
     at: tuple[Array, Array | None], cache: Tensor,
 ) -> Numbers:  # fmt: skip
     """A cache after its rows, token after token."""
@@ -140,7 +140,8 @@ def stored(
     for b in range(rows.shape[0]):
         for t in range(rows.shape[1]):
             index = place(layout, at, 0 if "b" in axes else b, t)
-            if negative == "skip" and index[0] < 0:
+            slot = at[0][0 if "b" in axes else b, t]
+            if slot == store.skipped or (store.negative == "skip" and index[0] < 0):
                 continue
             where = (b, *index) if "b" in axes else index
             one = rows[b, t].reshape(len(rows[b, t]), *inner)
