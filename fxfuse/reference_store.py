@@ -124,12 +124,13 @@ def _ordered(rows: Tensor, order: list[str]) -> Tensor:
 def _without_skipped(
     where: Tensor, axes: str, indices: list[Tensor], rows: Tensor, kept: Tensor
 ) -> tuple[list[Tensor], Tensor]:
-    """Rows that are skipped written as the first one that is `kept`, once more; where none is, what
-    the cache holds in its first slot.
+    """Rows that are skipped written as the last one that is `kept`, which no other row overwrites;
+    where none is, what the cache holds in its first slot.
     """
     tokens = torch.arange(kept.shape[0], device=kept.device)
     # One more, so that there is a largest of no tokens too.
-    source = torch.where(kept, tokens, torch.nn.functional.pad(kept.int(), (0, 1)).argmax())
+    last = torch.nn.functional.pad(torch.where(kept, tokens, 0), (0, 1)).amax()
+    source = torch.where(kept, tokens, last)
     indices = [(i.flatten()[source] * kept.any()).unsqueeze(0) for i in indices]
     rows = rows if "b" in axes else rows.flatten(0, 1).unsqueeze(0)
     rows = rows[:, source]

@@ -73,6 +73,13 @@ ARGUMENTS = {
 }
 ROWS = [(T, n, D) for n in (H, G, G)]
 SOME = torch.tensor([17, -1, 8, 0, -1])
+SKIPS = {
+    "all": SLOTS,
+    "some": SOME,
+    "none": torch.full((T,), -1),
+    # Of two rows for one slot the last one stays, whatever is skipped behind it.
+    "twice": torch.tensor([3, 8, 3, -1, -1]),
+}
 
 
 @pytest.fixture
@@ -115,7 +122,7 @@ COMPILERS = pytest.mark.parametrize(
 
 
 @COMPILERS
-@pytest.mark.parametrize("slots", [SLOTS, SOME, torch.full((T,), -1)], ids=["all", "some", "none"])
+@pytest.mark.parametrize("slots", SKIPS.values(), ids=SKIPS)
 def test_both_writes_join_and_rows_below_0_are_skipped(
     plain: None, slots: Tensor, compiler: str
 ) -> None:
