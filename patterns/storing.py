@@ -60,9 +60,14 @@ class Stores:
                 self.reasons.setdefault(store.call, f"{made} of the rotated ones")
 
     def _parted(self, store: StoreWrite) -> Sequence[StoreWrite]:
-        """A stream's rows are whole, also where they are a join themselves."""
-        is_whole = self.origin(store.value, store.through) in self.ends
-        return [store] if is_whole else parted(self.reading, store)
+        """The writes of a stream's rows and of others that are joined; rows that are a join
+        themselves, of a stream or of a v, are whole.
+        """
+        parts = [store] if self._is_of_stream(store) else parted(self.reading, store)
+        return parts if any(map(self._is_of_stream, parts)) else [store]
+
+    def _is_of_stream(self, store: StoreWrite) -> bool:
+        return self.origin(store.value, store.through) in self.ends
 
     def _note(self, call: Call, value: Slot) -> bool:
         """Note a write behind the streams' ends that a value is computed of by row, whatever stands

@@ -326,6 +326,33 @@ def test_a_head_whose_rest_is_joined_to_it_is_one_stream() -> None:
     assert fused.stages[-1] == "store(k,v)" and fused.record.k.channels == D
 
 
+def halves_joined(v: Tensor) -> Tensor:
+    return torch.cat([v[..., : D // 2] * 2, v[..., D // 2 :].tanh()], -1)
+
+
+def halves_joined_in_front_of_heads(v: Tensor) -> Tensor:
+    parts = [v.flatten(1) * 2, v.flatten(1).tanh()]
+    return torch.cat(parts, -1).view(len(v), -1, D)[:, :G]
+
+
+def heads_joined(v: Tensor) -> Tensor:
+    return torch.cat([v[:, :1] * 2, v[:, 1:].tanh()], 1).view(v.shape)
+
+
+@pytest.mark.null
+@pytest.mark.parametrize(
+    "made", [halves_joined, halves_joined_in_front_of_heads, heads_joined], ids=lambda f: f.__name__
+)
+def test_a_v_that_is_a_join_itself_is_stored_whole(made: Callable[[Tensor], Tensor]) -> None:
+    """As Zaya's, half of whose values are of the token before."""
+
+    def write(kv: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        kv[0, slots], kv[1, slots] = k, made(v)
+
+    (fused,) = stored(write, FLAT).fused
+    assert fused.stages == (ROPE, "store(k,v)")
+
+
 # --- by the kernel -----------------------------------------------------------------------------
 
 
