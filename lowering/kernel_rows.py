@@ -47,11 +47,13 @@ def load_pairs(
 
 
 @triton.jit
-def rows_at(ptr, mask, LOOKUP: tl.constexpr):
-    """int64 rows of a table by the positions at ptr, and which of them there are."""
-    o_r = tl.load(ptr, mask=mask, other=0).to(tl.int64)
-    o_r = tl.where(o_r < 0, o_r + LOOKUP, o_r)
-    return o_r, mask & (o_r >= 0) & (o_r < LOOKUP)
+def rows_at(ptr, position, mask, stride_t, LOOKUP: tl.constexpr):
+    """Where a table's rows by position begin, and which of them there are."""
+    if LOOKUP > 0:
+        o_r = tl.where(position < 0, position + LOOKUP, position)
+        ptr += o_r * stride_t
+        mask = mask & (o_r >= 0) & (o_r < LOOKUP)
+    return ptr, mask
 
 
 @triton.jit
@@ -63,28 +65,23 @@ def in_run(i, FIRST: tl.constexpr, STEP: tl.constexpr, COUNT: tl.constexpr):
 
 @triton.jit
 def load_table(
-    ptr, p_ptr, mask, stride_t, stride_c, stride_a,
+    ptr, positions, mask, stride_t, stride_c,
     FIRST: tl.constexpr, SECOND: tl.constexpr, STEP: tl.constexpr, ROW: tl.constexpr,
     LOOKUP: tl.constexpr, AXES: tl.constexpr,
 ):  # fmt: skip
-    """What both members of the pairs turn by: rows at ptr [tokens, 1, 1]; by axis, rows of the
-    table at ptr by a token's positions at p_ptr, stride_a from axis to axis.
+    """What both members of the pairs turn by: a token's row at ptr [tokens, 1, 1]; by position,
+    rows of the table at ptr, of which each pair takes its axis': one for each of AXES' runs.
     """
     RUNS: tl.constexpr = AXES[0]
-    if RUNS == 0:
-        first, second = load_pairs(ptr, mask, stride_c, FIRST, SECOND, STEP, ROW[0], ROW[15])
-    else:
+    at, m_r = rows_at(ptr, positions[0], mask, stride_t, LOOKUP)
+    first, second = load_pairs(at, m_r, stride_c, FIRST, SECOND, STEP, ROW[0], ROW[15])
+    for r in tl.static_range(1, RUNS):
+        # Whole rows, 16 bytes a thread as q's are: single entries would lie on other threads.
+        at, m_r = rows_at(ptr, positions[r], mask, stride_t, LOOKUP)
+        a, b = load_pairs(at, m_r, stride_c, FIRST, SECOND, STEP, ROW[0], ROW[15])
         i = tl.arange(0, ROW[15])[None, None, :]
-        for r in tl.static_range(RUNS):
-            # Whole rows, 16 bytes a thread as q's are: single entries would lie on other threads.
-            o_r, m_r = rows_at(p_ptr + AXES[1 + 4 * r] * stride_a, mask, LOOKUP)
-            at = ptr + o_r * stride_t
-            a, b = load_pairs(at, m_r, stride_c, FIRST, SECOND, STEP, ROW[0], ROW[15])
-            if r == 0:
-                first, second = a, b
-            else:
-                own = in_run(i, AXES[2 + 4 * r], AXES[3 + 4 * r], AXES[4 + 4 * r])
-                first, second = tl.where(own, a, first), tl.where(own, b, second)
+        own = in_run(i, AXES[2 + 4 * r], AXES[3 + 4 * r], AXES[4 + 4 * r])
+        first, second = tl.where(own, a, first), tl.where(own, b, second)
     return first, second
 
 
@@ -173,11 +170,11 @@ def load_weight(ptr, like, o_h, m_h, DIMS: tl.constexpr, STREAM: tl.constexpr, R
 
 @triton.jit
 def row_of(
-    x_ptr, w_ptr, b_ptr, scale_ptr, tables, o_h, m_h, m_t, stride_c, eps,
+    x_ptr, w_ptr, b_ptr, scale_ptr, turn, o_h, m_h, m_t, stride_c, eps,
     STREAM: tl.constexpr, ROW: tl.constexpr, LOOKUP: tl.constexpr, AXES: tl.constexpr,
 ):  # fmt: skip
-    """The four blocks of scale * rope(norm(x)), or of scale * norm(rope(x)); tables = what
-    load_table takes of cos, and of sin, and the positions' pointer, mask and stride.
+    """The four blocks of scale * rope(norm(x)), or of scale * norm(rope(x)); turn = pointer and
+    strides of cos, of sin, and positions. What depends on these is asked for last.
     """
     PAIRS: tl.constexpr = ROW[0]
     row = load_row(x_ptr, m_t & m_h, stride_c, 0, ROW)
@@ -187,13 +184,13 @@ def row_of(
     if STREAM[10] > 0:
         bias = load_weight(b_ptr, row[0], o_h, m_h, STREAM[10], STREAM, ROW)
     if PAIRS > 0:
-        cos_ptr, s_cos, sin_ptr, s_sin, p_ptr, m_r, stride_a = tables
+        cos_ptr, s_cos, sin_ptr, s_sin, positions = turn
         cos, cos_2 = load_table(
-            cos_ptr, p_ptr, m_r, s_cos[1], s_cos[2], stride_a,
+            cos_ptr, positions, m_t, s_cos[1], s_cos[2],
             ROW[18], ROW[19], ROW[20], ROW, LOOKUP, AXES,
         )  # fmt: skip
         sin, sin_2 = load_table(
-            sin_ptr, p_ptr, m_r, s_sin[1], s_sin[2], stride_a,
+            sin_ptr, positions, m_t, s_sin[1], s_sin[2],
             ROW[21], ROW[22], ROW[23], ROW, LOOKUP, AXES,
         )  # fmt: skip
     if STREAM[7]:

@@ -15,8 +15,8 @@ ROW     pairs; first, second, step of the pairs in x; the same in y; two signs; 
         first, second, step of the pairs in cos; the same in sin
 CACHE   see `kernel_stores`
 AXES    runs of pairs that turn by the position on one axis; of each its axis, first pair, step and
-        count; later runs lie over earlier ones, the first is of all pairs. 0 runs where a token has
-        one position
+        count; later runs lie over earlier ones, the first is of all pairs. A token with one
+        position has one run
 """
 
 # Triton compiles these functions; to a type checker their arguments have no types.
@@ -25,7 +25,7 @@ AXES    runs of pairs that turn by the position on one axis; of each its axis, f
 import triton
 import triton.language as tl
 
-from fxfuse.lowering.kernel_rows import row_of, rows_at
+from fxfuse.lowering.kernel_rows import row_of
 from fxfuse.lowering.kernel_stores import cast_row, place_of, store_row
 
 
@@ -88,19 +88,21 @@ def tile(rows, caches, factors, tables, strides, eps, T, sizes, block, SITE: tl.
         if K_CACHE[22]:
             i_o = tl.load(offsets_ptr + i_b * s_off[0] + o_t * s_off[1], mask=m_t, other=-1)
             i_o = i_o.to(tl.int64)
-    o_r, m_r = o_t, m_t
-    p_ptr = positions_ptr
+    positions = (o_t,)
     if LOOKUP > 0:
-        p_ptr += i_b * s_p[0] + o_t * s_p[1]
-    if AXES[0] == 0:
-        if LOOKUP > 0:
-            o_r, m_r = rows_at(p_ptr, m_t, LOOKUP)
-        cos_ptr += i_b * s_cos[0] + o_r * s_cos[1]
-        sin_ptr += i_b * s_sin[0] + o_r * s_sin[1]
-    else:
+        # Asked for here and used behind a row's own loads.
+        p_ptr = positions_ptr + i_b * s_p[0] + o_t * s_p[1]
+        positions = (tl.load(p_ptr + AXES[1] * s_p[2], mask=m_t, other=0).to(tl.int64),)
+        RUNS: tl.constexpr = AXES[0]
+        for r in tl.static_range(1, RUNS):
+            position = tl.load(p_ptr + AXES[1 + 4 * r] * s_p[2], mask=m_t, other=0).to(tl.int64)
+            positions = positions + (position,)  # noqa: RUF005
         cos_ptr += i_b * s_cos[0]
         sin_ptr += i_b * s_sin[0]
-    turn = cos_ptr, s_cos, sin_ptr, s_sin, p_ptr, m_r, s_p[2]
+    else:
+        cos_ptr += i_b * s_cos[0] + o_t * s_cos[1]
+        sin_ptr += i_b * s_sin[0] + o_t * s_sin[1]
+    turn = cos_ptr, s_cos, sin_ptr, s_sin, positions
     if i_block < Q[0]:
         o_h, m_h = heads_of(i_block, Q[11], Q[1])
         row = row_of(

@@ -131,7 +131,7 @@ def _table_rows(operands: Mapping[str, Operand | None]) -> int:
 def axis_runs(record: Record) -> tuple[int, ...]:
     """The kernel's AXES: see its module."""
     turn = record.q.rotation
-    runs = runs_of(turn.axes) if turn and turn.axes else ()
+    runs = runs_of(turn.axes if turn and turn.axes else (0,))
     return (len(runs), *(n for run in runs for n in dataclasses.astuple(run)))
 
 
