@@ -21,6 +21,7 @@ from fxfuse.patterns.memory import Memory
 from fxfuse.patterns.projection import Projections
 from fxfuse.patterns.read import Reading
 from fxfuse.patterns.record import Record
+from fxfuse.patterns.refusals import Refusals
 from fxfuse.patterns.site import (
     Access,
     Decoded,
@@ -95,11 +96,15 @@ class _Planner:
             self.reading, self.uses, self.absorbed, self.memory, norms, self.gate
         )
         self.plan.sites = [projections.grown(site) for site in sites]
-        self._report_refusals(made)
+        left_out = Refusals(self.reading, self.frontier, self.stores)
+        left_out.tell_values(self.refused, made, self.gate)
+        if self.may_store:
+            left_out.tell_writes(self.plan.sites)
         norms.decide()
         groups = Groups(self.reading, self.frontier, self.gate)
         self.plan.norms, self.plan.groups = norms.sites, groups.sites
         self.plan.left += norms.left + groups.left + projections.left
+        self.plan.refusals += left_out.told
         self.plan.refusals += norms.refusals + groups.refusals + projections.refusals
         self.plan.disproved += norms.disproved
         return self.plan
@@ -298,73 +303,6 @@ class _Planner:
             raise Refused("a result that is read before it is stored")
         early = {v for v in views if index[v] < index[before]}
         return before, tuple(sorted(early, key=index.__getitem__))
-
-    def _report_refusals(self, made: set[Slot]) -> None:
-        """One refusal for each rotated value that no site makes; what a site makes otherwise is no
-        refusal, nor is a norm that the gate leaves.
-        """
-        reported: set[Slot] = set()
-        for slot, (stage, reason) in self.refused.items():
-            below = self._below(slot)
-            if below & made or any(slot in self._below(other) for other in reported):
-                continue
-            if stage == "norm" and self.gate(stage, slot, None, None):
-                continue
-            reported.add(slot)
-            self.plan.refusals.append(Refusal(stage, slot.node.name, reason, location(slot.node)))
-        for site in self.plan.sites:
-            if site.k_store is None and self.may_store:
-                self._report_writes(site.k or site.q)
-            elif site.k_store is not None and site.v_store is None:
-                self._report_store(self._beside(site.k_store)[:1])
-
-    def _report_writes(self, decoded: Decoded) -> None:
-        """Why the cache writes of a fused result stay the model's: a joint with other tokens of
-        this graph is none, nor is what is written over the stream's own source.
-        """
-        source = decoded.x.leaf.slot
-        behind = self.stores.behind.get(decoded.slot, ())
-        for call in dict.fromkeys([*self._final_consumers(decoded.slot), *behind]):
-            reason = self.stores.reasons.get(call) or self.stores.refused.get(call)
-            if call.op == aten.cat.default:
-                grows = any(self.stores.origin(slot).call is None for slot in call.inputs())
-                grows = grows and call not in self.stores.joints
-                reason = "a cache that grows by cat is made anew, not written to" if grows else None
-            elif reason is None and any(w.storage != source.storage for w in call.writes):
-                why = self.reading.view.opaque.get(call.node)
-                reason = f"the call {why}" if why else f"{call.op} is no cache write that is known"
-            if reason is not None:
-                node = call.node
-                self.plan.refusals.append(Refusal("store", node.name, reason, location(node)))
-
-    def _report_store(self, stores: list[StoreWrite]) -> None:
-        """Why a store beside a fused one stays the model's."""
-        for node, reason in [(s.call.node, self.stores.reasons.get(s.call)) for s in stores]:
-            if reason is not None:
-                self.plan.refusals.append(Refusal("store", node.name, reason, location(node)))
-
-    def _final_consumers(self, slot: Slot) -> list[Call]:
-        """The calls that read a result, seen through views."""
-        found = []
-        for call in self.uses.consumers.get(slot, []):
-            if call in self.absorbed:
-                continue
-            through = self.reading.relations.get(call) == "view"
-            found += [c for o in call.outs for c in self._final_consumers(o)] if through else [call]
-        return found
-
-    def _below(self, slot: Slot) -> set[Slot]:
-        """The slots a value was made from, through calls that were read."""
-        seen: set[Slot] = set()
-        waiting = [slot]
-        while waiting:
-            call = waiting.pop().call
-            if call is None or call not in self.reading.relations:
-                continue
-            new = [s for s in call.inputs() if s not in seen]
-            seen.update(new)
-            waiting += new
-        return seen
 
 
 def _without_heads(k: Decoded) -> Decoded:
