@@ -110,13 +110,19 @@ def empty_results(q: Tensor, k: Tensor | None, record: Record) -> tuple[Tensor, 
 
 @functools.cache
 def read_record(text: str) -> Record:
-    """The record of an op call, refused where its channels do not tile a row, or where pairs of
-    different axes share a column of a table.
+    """The record of an op call, refused where its channels do not tile a row, where pairs of
+    different axes share a column of a table, or where v's norm has a weight.
     """
     record = Record.from_text(text)
     for name, stream in (("q", record.q), ("k", record.k), ("v", record.v)):
         if stream is not None:
             _check_tiling(name, stream)
+    norm = record.v.norm if record.v else None
+    if norm and (norm.over != "head" or norm.has_weight or norm.has_bias):
+        raise ValueError(
+            "fxfuse: record of v: a norm with a weight, a bias or a factor by row, wanted one by "
+            "its head alone or none; this is a bug in the planner that wrote the record"
+        )
     by_token(record)
     return record
 

@@ -54,7 +54,9 @@ def norm_rope_store_(
     k_cache_scale: Maybe, v_cache_scale: Maybe,
     q_eps: float, k_eps: float, record: Record,
 ) -> tuple[Tensor, Maybe]:  # fmt: skip
-    """As `norm_rope`; then k's rows into k_cache at its layout's indices, v's into v_cache."""
+    """As `norm_rope`; then k's rows into k_cache at its layout's indices, v's into v_cache. A norm
+    of v has no weight, and k's eps.
+    """
     cos, sin, record = by_token(cos, sin, positions, record)
     store = record.store
     assert store is not None
@@ -71,7 +73,7 @@ def norm_rope_store_(
             parts = [(0, 1, assembled(parts, kept.channels))]
         write_(k_cache, store.k, store, at, k_cache_scale, parts)
     if v is not None and v_cache is not None and record.v is not None:
-        parts = row_parts(v, unrounded(record.v, store.v), None, None, None, cos, sin, 0.0)
+        parts = row_parts(v, unrounded(record.v, store.v), None, None, None, cos, sin, k_eps)
         write_(v_cache, store.v, store, at, v_cache_scale, parts)
     return q_row, k_row
 

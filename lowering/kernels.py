@@ -136,7 +136,7 @@ def tile(rows, caches, factors, tables, strides, eps, T, sizes, block, SITE: tl.
             o_h, m_h = heads_of(i_block - Q[0] - K[0], V[11], V[1])
             row = row_of(
                 v_ptr + i_b * s_v[0] + o_t * s_v[1] + o_h * s_v[2], v_ptr, v_ptr, v_ptr,
-                turn, o_h, m_h, m_t, s_v[3], 0.0, V, V_ROW, LOOKUP, AXES,
+                turn, o_h, m_h, m_t, s_v[3], k_eps, V, V_ROW, LOOKUP, AXES,
             )  # fmt: skip
             row = cast_row(
                 row, v_cache_scale_ptr, s_vcs[0], s_vcs[1], s_vcs[2], i_b, o_t, o_h,

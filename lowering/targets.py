@@ -41,8 +41,8 @@ def _no_triton_kernel(facts: Facts) -> str | None:
         return f"the axes of the pairs are more than {MAX_AXIS_RUNS} runs"
     if any(s is not None and len(s.passes) > 2 for s in (q, k)):
         return "the kernel passes at most two runs of channels through"
-    if v is not None and (v.norm or v.rotation or v.has_scale or v.scale != 1.0):
-        return "the kernel only copies v"
+    if v is not None and (v.rotation or v.has_scale or v.scale != 1.0):
+        return "the kernel copies v, or norms it"
     expected = (True, k is not None, v is not None)
     if any(n is None for n, there in zip(facts.heads, expected, strict=True) if there):
         return "a head count is symbolic"

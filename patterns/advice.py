@@ -126,6 +126,11 @@ ADVICE = (
         "write the quantisation in that order, for k and v alike",
     ),
     Advice(
+        ("^rows that are normed with another eps", "^normed rows of other tokens"),
+        "a v that is stored as it is, or normed by its head with k's eps and without a weight",
+        "nothing: the norm and the store of v stay the compiler's, all before k's store is fused",
+    ),
+    Advice(
         ("may not be equal",),
         "as many slots as rows, known before the run: by one number, or by one symbol from 2 on",
         "mark the rows and the slots alike by torch._dynamo.mark_dynamic, or give both one Dim of "

@@ -58,6 +58,19 @@ def normed_operands(reading: Reading, stores: Sequence[StoreWrite]) -> dict[Leaf
     return readers
 
 
+def stored_statistics(reading: Reading, stores: Sequence[StoreWrite]) -> set[Leaf]:
+    """The row statistics of rows that are normed, not rotated, on their way into a cache."""
+    found = set()
+    for store in stores:
+        slot = store.value
+        while (call := slot.call) is not None and (
+            call in store.through or reading.relations.get(call) == "view"
+        ):
+            slot = store.through.get(call) or call.inputs()[0]
+        found.add(statistic_in(reading.values[slot]))
+    return {leaf for leaf in found if leaf is not None}
+
+
 def _is_over(leaf: Leaf, channels: Size) -> bool:
     """Whether a statistic is one of as many channels as a head has."""
     try:

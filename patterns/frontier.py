@@ -52,6 +52,9 @@ class Frontier:
 
     casts    what makes a cache's numbers of rows: a stream ends in front of them
     readers  who reads a normed and unrotated q or k, by its statistic
+    stored   the statistics of normed rows that go into a cache
+    stored_norms
+             those that a site's v may be, with the norm as their record
     normed   other normed values that are needed, last to first
     """
 
@@ -59,13 +62,15 @@ class Frontier:
         self,
         reading: Reading,
         readers: Mapping[Leaf, Reader],
+        stored: Container[Leaf] = (),
         casts: Container[Call] = (),
         *,
         training: bool,
     ) -> None:
         self.reading = reading
         self.casts = casts
-        self.readers = readers
+        self.readers, self.stored = readers, stored
+        self.stored_norms: dict[Slot, Decoded] = {}
         self.reader_of: dict[Slot, Reader] = {}
         self.normed: list[tuple[Leaf, Slot, Value]] = []
         self.training = training
@@ -98,7 +103,7 @@ class Frontier:
             self._try(call, slot, rows, "decode")
         elif (leaf := statistic_in(value)) in self.readers:
             self._try(call, slot, value, "norm")
-        elif leaf is not None:
+        elif leaf is not None and not (leaf in self.stored and self._accept_stored(slot, value)):
             self.normed.append((leaf, slot, value))
 
     def _try(self, call: Call, slot: Slot, value: Value, stage: str) -> None:
@@ -174,24 +179,63 @@ class Frontier:
         return slot in self.uses.returned or any(c not in self.absorbed for c in consumers)
 
     def _accept(self, call: Call, slot: Slot, value: Value) -> None:
+        decoded = self._decoded(slot, value)
+        if decoded.stream.rotation is None:
+            self._check_norm(decoded, value)
+        decoded = self._proven(decoded)
+        stream = dataclasses.replace(decoded.stream, heads_first=_is_heads_first(decoded))
+        self.streams.append(dataclasses.replace(decoded, stream=stream))
+        self._take(call, decoded)
+
+    def _decoded(self, slot: Slot, value: Value) -> Decoded:
         if slot not in self.uses.holder:
             raise Refused("a result inside one call of the model's graph")
         decoded = decode(slot, value)
-        if decoded.stream.rotation is None:
-            self._check_norm(decoded, value)
+        dtype = str(slot.dtype).removeprefix("torch.")
+        return dataclasses.replace(decoded, stream=dataclasses.replace(decoded.stream, dtype=dtype))
+
+    def _proven(self, decoded: Decoded) -> Decoded:
+        """Raises Refused, Untried, Disproved."""
         for access in decoded.accesses():
-            self._check_operand(access.leaf.slot, slot)
+            self._check_operand(access.leaf.slot, decoded.slot)
         if self.training:
             self.check_gradients(decoded)
         prove(decoded)
-        stream = dataclasses.replace(
-            decoded.stream,
-            dtype=str(slot.dtype).removeprefix("torch."),
-            heads_first=_is_heads_first(decoded),
-        )
-        self.streams.append(dataclasses.replace(decoded, stream=stream))
+        return decoded
+
+    def _take(self, call: Call, decoded: Decoded) -> None:
         self.absorbed.add(call)
         self.operands.update(a.leaf.slot for a in decoded.accesses())
+
+    def _accept_stored(self, slot: Slot, value: Value) -> bool:
+        """Whether normed rows are what a store can norm: by head and by no tensor but the rows."""
+        call = slot.call
+        assert call is not None
+        try:
+            decoded = self._decoded(slot, value)
+            norm = decoded.stream.norm
+            if norm is None or norm.over != "head" or len(decoded.accesses()) > 1:
+                return False
+            self.stored_norms[slot] = self._proven(decoded)
+        except Disproved as error:
+            self.disproved.append(f"{slot.node.name}: {error}")
+            return False
+        except Exception as error:
+            log.debug("%s stays in front of its store: %s", slot.node.name, error)
+            return False
+        self._take(call, decoded)
+        return True
+
+    def release(self, decoded: Decoded) -> None:
+        """Normed rows that no site stores: what computes them stays, and reads for itself."""
+        kept = {d.slot for d in self.streams}
+        ends = {a.leaf.slot for a in decoded.accesses()} | kept
+        waiting = [decoded.slot]
+        while waiting:
+            call = waiting.pop().call
+            if call in self.absorbed:
+                self.absorbed.discard(call)
+                waiting += [slot for slot in call.inputs() if slot not in ends]
 
     def _check_norm(self, decoded: Decoded, value: Value) -> None:
         """Raises Refused where a stream without a rotation is not the norm of one head."""

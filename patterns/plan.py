@@ -13,7 +13,12 @@ from torch import fx
 
 from fxfuse.patterns.access import Refused
 from fxfuse.patterns.add_norm import Norms
-from fxfuse.patterns.attention import ATTENTION, normed_operands, operand_index
+from fxfuse.patterns.attention import (
+    ATTENTION,
+    normed_operands,
+    operand_index,
+    stored_statistics,
+)
 from fxfuse.patterns.frontier import Frontier
 from fxfuse.patterns.grouped import Groups
 from fxfuse.patterns.lookup import with_lookups
@@ -60,16 +65,17 @@ class _Planner:
     def __init__(self, reading: Reading, store: bool, training: bool, gate: Gate) -> None:
         self.reading, self.gate = reading, gate
         found, no_stores = find_stores(reading)
-        readers = normed_operands(reading, found)
+        readers, normed = normed_operands(reading, found), stored_statistics(reading, found)
+        casts = {c for write in found for c in write.through}
         frontier = self.frontier = Frontier(
-            reading, readers, {c for store in found for c in store.through}, training=training
+            reading, readers, () if training or not store else normed, casts, training=training
         )
         self.uses, self.absorbed = frontier.uses, frontier.absorbed
         self.streams, self.refused = frontier.streams, frontier.refused
         self.memory = Memory(reading)
         self.may_store = store and not training
         self.plan = Plan([], [], frontier.disproved)
-        self.stores = Stores(reading, found, no_stores, self.streams)
+        self.stores = Stores(reading, found, no_stores, self.streams, frontier.stored_norms)
         self.calls_of: dict[fx.Node, list[Call]] = {}
         for call in reading.view.calls:
             self.calls_of.setdefault(call.node, []).append(call)
@@ -88,6 +94,9 @@ class _Planner:
                 self.plan.sites.append(site)
         self._tell_keys()
         made = {d.slot for site in self.plan.sites for d in site.streams()}
+        for slot, decoded in self.frontier.stored_norms.items():
+            if slot not in made:
+                self.frontier.release(decoded)
         sites = [site for site in self.plan.sites if not self._is_left(site)]
         holder, disproved = self.uses.holder, self.plan.disproved
         sites = with_lookups(sites, self.memory, holder, disproved)

@@ -40,8 +40,9 @@ class Stores:
         found: list[StoreWrite],
         refused: dict[Call, str],
         streams: Iterable[Decoded],
+        normed: Mapping[Slot, Decoded],
     ) -> None:
-        self.reading = reading
+        self.reading, self.normed = reading, normed
         self.ends = {d.slot for d in streams}
         self.reasons: dict[Call, str] = {}
         self.refused = refused
@@ -122,23 +123,32 @@ class Stores:
                 reason += k_store.negative
             elif store.skipped != k_store.skipped:
                 reason = f"slot {store.skipped} is skipped where those of k skip {k_store.skipped}"
-            elif (stored := self._copy(k, k_store, store)) is None:
-                reason = "stored rows that are no view of a tensor of the graph"
-            elif isinstance(stored, str):
-                reason = stored
             else:
-                return store
+                try:
+                    self._v(k, self._placed(k_store, k), k_store.roots, store)
+                    return store
+                except Refused as error:
+                    reason = str(error)
             self.reasons.setdefault(store.call, reason)
         return None
 
-    def _copy(
-        self, k: Decoded, k_store: StoreWrite, v_store: StoreWrite
-    ) -> tuple[Decoded, Layout] | str | None:
-        try:
-            where = self._placed(k_store, k)
-            return stored_copy(self.reading, v_store, where, k_store.roots, _sizes(k))
-        except Refused as reason:
-            return str(reason)
+    def _v(
+        self, k: Decoded, where: Placed, roots: Sequence[Slot], store: StoreWrite
+    ) -> tuple[Decoded, Layout]:
+        """v as a stream, and its cache's layout. Raises Refused."""
+        v = self.normed.get(self.origin(store.value, store.through))
+        if v is None:
+            copy = stored_copy(self.reading, store, where, roots, _sizes(k))
+            if copy is None:
+                raise Refused("stored rows that are no view of a tensor of the graph")
+            return copy
+        if k.stream.norm is None or v.eps != k.eps:
+            raise Refused("rows that are normed with another eps than those of k")
+        its = placed(self.reading, store, v, roots)
+        if its.flat != where.flat or _sizes(v) != _sizes(k):
+            raise Refused("normed rows of other tokens than those of k")
+        stream = dataclasses.replace(v.stream, keep=False)
+        return dataclasses.replace(v, stream=stream), its.layout
 
     def beside(self, k_store: StoreWrite, taken: Iterable[StoreWrite]) -> list[StoreWrite]:
         """The free stores at the slots of k's, into other memory, the nearest first."""
@@ -174,9 +184,7 @@ class Stores:
         where = self._placed(k_store, k)
         v, layout = None, where.layout
         if v_store is not None:
-            copy = stored_copy(self.reading, v_store, where, roots, sizes)
-            assert copy is not None
-            v, layout = copy
+            v, layout = self._v(k, where, roots, v_store)
         slots = tuple(slots_access(self.reading, own, root, where.flat, sizes) for root in roots)
         scales = [
             scale_access(self.reading, store, letters.axes, where.flat) if store else None

@@ -81,6 +81,10 @@ def sites(draw: st.DrawFn, formats: Sequence[str] = FORMATS) -> Site:
         k = dataclasses.replace(k, keep=draw(st.booleans()))
         if draw(st.integers(0, 3)):
             v = copied(draw(st.sampled_from(CHANNELS)), dtype=str(rows).removeprefix("torch."))
+            kind = draw(st.sampled_from(["", "", "rms", "l2", "layer"]))
+            v = dataclasses.replace(
+                v, norm=Norm("head", "before", False, kind=kind) if kind else None
+            )
     if k is not None and store is not None and not store.k.cast.dtype:
         k = dataclasses.replace(k, dtype=q.dtype)
     pair_axes = turn.axes if turn is not None else ()

@@ -14,7 +14,7 @@ from fxfuse.lowering import launch, projection_launch
 from fxfuse.lowering.operand import Operand
 from fxfuse.lowering.projection_launch import Block
 from fxfuse.patterns.record import AddNorm, Norm, Record
-from tests.sites import NORM, cached, halves, neighbours, site, with_dtype
+from tests.sites import BARE, NORM, cached, halves, neighbours, site, with_dtype
 
 EPS, X_EPS = (1e-6, 1e-6), 1e-5
 
@@ -46,7 +46,9 @@ WIDE = site(128, norm=NORM, store=cached(True), heads_first=True, k_keep=False)
 LLAMA = site(32, store=cached(False, "wrap"))
 GPTJ = site(16, neighbours(16, 8), store=cached(True))
 PHI = site(48, halves(48, 20), norm=NORM, store=cached(True))
+GEMMA4 = site(32, norm=NORM, store=cached(True, "wrap"), k_keep=False, v_norm=BARE)
 SHAPES = {
+    "gemma4": Shape(4, 2, 32, 64, GEMMA4, batch=2),
     "qwen3": Shape(4, 2, 32, 64, QWEN3),
     "qwen3, 3 rows": Shape(4, 2, 32, 64, QWEN3, batch=3),
     # More rows than are rotated at once.
@@ -55,7 +57,7 @@ SHAPES = {
     "gptj, packed": Shape(3, 3, 16, 40, GPTJ, bias=True, packed=True),
     "phi, 2 x 3": Shape(2, 1, 48, 56, PHI, bias=True, batch=2, tokens=3),
 }
-GEMMA, BARE = Norm("head", "before", True, 1.0), Norm("head", "before", False)
+GEMMA = Norm("head", "before", True, 1.0)
 # The same with a norm of a sum in front, which the kernel takes of one row,
 BEHIND_NORMS = {
     "qwen3, normed": SHAPES["qwen3"].behind(NORM),

@@ -16,6 +16,7 @@ from fxfuse.reference_store import write_
 CACHES_OWN = Cast()
 NORM = Norm("head", "before", has_weight=True)
 LAYER = Norm("head", "before", has_weight=True, kind="layer", has_bias=True)
+BARE = Norm("head", "before", has_weight=False)
 Rope = tuple[Rotation | None, tuple[Pass, ...]]
 # (*shape, of=a dtype) -> random numbers.
 Draw = Callable[..., Tensor]
@@ -72,13 +73,14 @@ def site(
     with_v: bool = True,
     v_channels: int | None = None,
     k_keep: bool = True,
+    v_norm: Norm | None = None,
     **fields: Any,
 ) -> Record:
     """A record whose q and k are alike; v only where there is a store."""
     q = stream(d, rope, **fields)
     k = dataclasses.replace(q, keep=k_keep) if with_k else None
     stored = store is not None and with_v
-    v = copied(v_channels or d, dtype=q.dtype) if stored else None
+    v = dataclasses.replace(copied(v_channels or d, dtype=q.dtype), norm=v_norm) if stored else None
     return Record(q, k, v, store)
 
 
@@ -128,6 +130,10 @@ SITES: dict[str, Record] = {
     "gptj, partial": site(48, neighbours(48, 32), norm=NORM, store=cached(True)),
     "flux": site(128, neighbours(128, turn=-1), norm=NORM),
     "middle": site(80, halves(80, 40, 20), norm=NORM, store=cached(True), v_channels=48),
+    "gemma4": site(48, norm=NORM, store=cached(True, "wrap"), k_keep=False, v_norm=BARE),
+    "v without a mean": site(
+        20, norm=NORM, store=cached(False), v_norm=dataclasses.replace(BARE, kind="layer")
+    ),
     "gemma": site(96, norm=Norm("head", "before", True, 1.0), scale=0.125, heads_first=True),
     "olmo2": site(32, norm=Norm("given", "before", True), has_scale=True),
     "after": site(40, norm=Norm("head", "after", True), has_scale=True, scale=2.0),

@@ -114,6 +114,10 @@ def sites() -> None:
     assert not got.isnan().any() and torch.equal(got[:, 2:], wanted[:, 2:])
     others = [*range(4), *range(10, 20), *range(26, 128)]
     assert torch.equal(got[:, :2, :, others], wanted[:, :2, :, others])
+    # v is normed with k's eps.
+    case = operands("gemma4")
+    case.eps = (0.0, 0.5)
+    check(case)
     # A slot outside the cache is never written.
     case = operands("qwen3", tokens=2, slots=4)
     case.tensors["slots"] = torch.tensor([[4, -1]])

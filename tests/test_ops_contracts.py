@@ -10,7 +10,7 @@ from torch import Tensor
 import fxfuse.ops
 from fxfuse.patterns.record import Norm, Pass, Record
 from tests.op_operands import B, D, G, H, S, T, angles, call, draw, stream
-from tests.sites import NORM, SITES, by_axes, cached, copied, halves, neighbours
+from tests.sites import NORM, SITES, by_axes, cached, copied, halves, neighbours, site
 
 pytestmark = pytest.mark.null
 
@@ -158,6 +158,12 @@ def test_a_record_that_does_not_tile_its_row_is_refused():
     one = dataclasses.replace(stream(), passes=(Pass(0, 0, 1),))
     with pytest.raises(ValueError, match="cover x channels"):
         call(Record(one), draw(B, T, H, D), cos=draw(1, T, D), sin=draw(1, T, D))
+
+
+def test_a_norm_of_v_with_a_weight_is_refused():
+    weighted = dataclasses.replace(site(D, store=cached(True)), v=stream(norm=NORM))
+    with pytest.raises(ValueError, match="record of v: a norm with a weight"):
+        fxfuse.ops.read_record(weighted.to_text())
 
 
 def test_a_row_of_other_width_is_refused():

@@ -18,6 +18,7 @@ from fxfuse.patterns.projection import MAX_ROWS
 from tests.models.families import FAMILIES
 from tests.models.tiny import build, static_cache, token_ids
 from tests.sites import NORM, cached, site, with_dtype
+from tests.test_slots import KeyIsValue, NormedV
 from tests.toys import Layer, assert_like, by_index_copy, caches, hidden_states
 
 pytestmark = pytest.mark.null
@@ -70,6 +71,20 @@ def test_every_packing_is_a_projection(packing: str, bias: bool) -> None:
     # Of "separate" toys the bias is not used.
     assert projected(report) and reasons(report) == []
     assert str(report).count("projection + rms_norm + rope + store(k,v)") == 1
+
+
+@pytest.mark.parametrize("toy", [NormedV, KeyIsValue])
+def test_a_normed_v_is_projected_with_the_others(toy: type[NormedV]) -> None:
+    report = run(toy(by_index_copy), hidden_states(), *caches())
+    assert projected(report) and reasons(report) == []
+
+
+def test_a_product_whose_normed_v_no_site_takes_is_read_by_others() -> None:
+    report = run(KeyIsValue(by_index_copy, eps=1e-3), hidden_states(), *caches())
+    assert not projected(report)
+    assert [reason.split(":")[0] for reason in reasons(report)] == [
+        "a projection that others read too"
+    ]
 
 
 @pytest.mark.parametrize("name", ["qwen3", "qwen2", "gpt_neox", "phi3"])

@@ -81,16 +81,82 @@ def test_slots_past_the_cache_are_an_error_as_they_are_eagerly(slot: int) -> Non
 class NormedV(Layer):
     """Gemma 4: v has a norm without a weight."""
 
+    def __init__(self, finish: Finish, eps: float = 1e-6) -> None:
+        super().__init__(finish)
+        self.v_eps = eps
+
     def forward(self, x: Tensor, *memory: Tensor) -> Any:  # type: ignore[override]
         q, k, v = self.split(x)
         q, k = self.prelude(q, k, *self.tables(torch.arange(x.shape[1])))
-        return self.finish(q, k, weightless(v, v, 1e-6), *memory)
+        return self.finish(q, k, self.normed(v), *memory)
+
+    def normed(self, v: Tensor) -> Tensor:
+        return weightless(v, v, self.v_eps)
 
 
 @WRITES
-def test_a_normed_v_is_stored_as_it_is(finish: Finish) -> None:
-    (fused,) = check(NormedV(finish)).fused
-    assert fused.record.q.norm is not None and fused.record.k is not None
+def test_a_normed_v_is_normed_by_the_store(finish: Finish) -> None:
+    report = check(NormedV(finish))
+    assert stages(report) == ["store(k,v)"]
+    record = report.fused[0].record
+    assert record.k is not None and record.k.norm is not None
+    assert record.v is not None and record.v.norm is not None and record.v.norm.kind == "rms"
+
+
+@WRITES
+def test_a_v_normed_with_another_eps_is_the_models(finish: Finish) -> None:
+    report = check(NormedV(finish, eps=1e-3))
+    assert stages(report) == ["store(k)"]
+    assert [r.reason for r in report.refused] == [
+        "rows that are normed with another eps than those of k"
+    ]
+
+
+class WeightedV(NormedV):
+    """Its norm has a weight, which the op has no argument for."""
+
+    def __init__(self, finish: Finish) -> None:
+        super().__init__(finish)
+        self.v_weight = nn.Parameter(torch.randn(D))
+
+    def normed(self, v: Tensor) -> Tensor:
+        return super().normed(v) * self.v_weight
+
+
+@WRITES
+def test_a_v_normed_with_a_weight_is_the_models(finish: Finish) -> None:
+    report = check(WeightedV(finish))
+    assert stages(report) == ["store(k)"] and len(report.refused) == 1
+
+
+class KeyIsValue(NormedV):
+    """Gemma 4's layers with one product for k and v."""
+
+    def forward(self, x: Tensor, *memory: Tensor) -> Any:  # type: ignore[override]
+        q, raw, _ = self.split(x)
+        q, k = self.prelude(q, raw, *self.tables(torch.arange(x.shape[1])))
+        return self.finish(q, k, self.normed(raw), *memory)
+
+
+@WRITES
+def test_k_and_v_of_one_product_are_normed_apart(finish: Finish) -> None:
+    report = check(KeyIsValue(finish))
+    assert stages(report) == ["store(k,v)"]
+
+
+class ReadV(NormedV):
+    """Somebody else reads the normed v too."""
+
+    def forward(self, x: Tensor, *memory: Tensor) -> Any:  # type: ignore[override]
+        q, k, v = self.split(x)
+        q, k = self.prelude(q, k, *self.tables(torch.arange(x.shape[1])))
+        v = self.normed(v)
+        return self.finish(q, k, v, *memory), v * 2.0
+
+
+@WRITES
+def test_a_normed_v_that_others_read_is_made_for_them(finish: Finish) -> None:
+    assert stages(check(ReadV(finish))) == ["store(k,v)"]
 
 
 class KeyAsValue(Layer):

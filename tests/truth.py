@@ -34,7 +34,7 @@ def truth(case: Operands) -> dict[str, Numbers]:
     """q_out, k_out (where it is kept), k_cache and v_cache of a call, by their names."""
     record, found = case.record, dict[str, Numbers]()
     x = {name: _numbers(t) for name, t in case.tensors.items() if "cache" not in name}
-    eps = {"q": case.eps[0], "k": case.eps[1], "v": 0.0}
+    eps = {"q": case.eps[0], "k": case.eps[1], "v": case.eps[1]}
     for name, stream in (("q", record.q), ("k", record.k), ("v", record.v)):
         if stream is None:
             continue
