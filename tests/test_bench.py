@@ -18,10 +18,10 @@ from fxfuse.bench import check, measure, opponents, plot, recipes, rows, timing,
 from fxfuse.bench.chains import Chain
 from fxfuse.bench.opponents import Opponent
 from fxfuse.bench.recipes import Case
-from fxfuse.lowering import launch
 from fxfuse.lowering.tiles import Rows, Tile, tile_for
 
 T = 5
+ROWS = (1, 48, 64, 500, 700, 2048, 4096, 10_000, 2**15, 2**18, 2**20)
 WHOLE = [(name, layout) for name in recipes.RECIPES for layout in recipes.RECIPES[name].chains]
 
 
@@ -60,16 +60,19 @@ def test_every_chain_fuses_whole(name: str, layout: str, tokens: int, few_positi
 
 
 @pytest.mark.null
-def test_tune_times_what_the_recipes_fuse() -> None:
-    for case in recipes.cases("prelude", "cpu", [T]):
-        torch._dynamo.reset()
-        arguments = recipes.draw(case, "cpu", 0).args
-        with torch.no_grad():
-            report = fxfuse.explain(recipes.chain(case, "cpu"), *arguments, compiler="eager")
-        record, wanted = report.fused[0].record, tune.record_of(case.shape)
-        # In which order a result lies is the chain's own.
-        q, k = (dataclasses.replace(s, heads_first=False) for s in (record.q, record.k))
-        assert dataclasses.replace(record, q=q, k=k) == wanted
+@pytest.mark.parametrize("recipe", tune.RECIPES)
+def test_tune_times_what_the_recipes_fuse(recipe: str, few_positions: None) -> None:
+    for case in recipes.cases(recipe, "cpu", [T]):
+        calls = tune.caught(case, "cpu", [0, 1])
+        given = [recipes.draw(case, "cpu", seed).args[0] for seed in (0, 1)]
+        for call, first in zip(calls, given, strict=True):
+            q = call.tensors["q"]
+            # A view of the inputs as they were drawn.
+            assert q is not None and torch.equal(q.flatten()[:8], first.flatten()[:8])
+            assert (call.record.store is not None) == recipes.RECIPES[recipe].store
+            assert call.tensors["q_out"].isnan().all()
+        tiles = tune.candidates(calls[0], T)
+        assert tiles and all(t.tokens <= T and t.heads <= 2 * calls[0].heads() for t in tiles)
 
 
 @pytest.mark.null
@@ -106,16 +109,18 @@ def test_a_program_has_no_more_tokens_than_there_are() -> None:
 
 
 @pytest.mark.null
-def test_tiles_that_are_tuned_fit() -> None:
-    pytest.importorskip("triton")
-    for shape, tokens in itertools.product(tune.SHAPES, tune.TOKENS):
-        run = launch.widest_run(tune.record_of(shape).q)
-        tiles = tune.candidates(shape, run, tokens)
-        assert tiles and all(t.tokens <= tokens for t in tiles)
-        rows = tokens * (shape.heads + 2 * shape.kv_heads)
+def test_every_launch_has_a_tile() -> None:
+    for channels, run, count in itertools.product(
+        (16, 64, 80, 128, 256, 512), (8, 32, 64, 128), ROWS
+    ):
         for wide in (False, True):
-            kind = Rows(shape.head_dim, run, wide_tables=wide)
-            assert tile_for("sm_90", rows, kind).warps in (1, 2, 4, 8)
+            tile = tile_for("sm_90", count, Rows(channels, run, wide_tables=wide))
+            assert tile.warps in (1, 2, 4, 8)
+            assert all(n & (n - 1) == 0 for n in dataclasses.astuple(tile))
+
+
+@pytest.mark.null
+def test_the_tile_of_a_class_is_nearest_to_each_shapes_best() -> None:
     every = [{Tile(1, 1, 1): 2.0, Tile(2, 1, 1): 1.0}, {Tile(1, 1, 1): 1.0, Tile(2, 1, 1): 1.5}]
     assert tune.least_loss(every)[0] == Tile(2, 1, 1)
 

@@ -1,8 +1,9 @@
-"""`fxfuse tune`: which tile of the kernel is fastest, by the widest run of channels and by rows.
+"""`fxfuse tune`: which tile of the kernel is fastest for the rows of a recipe.
 
-Every tile that fits is checked against the first one's results and timed on the shapes of the
-recipes; for each run and number of tokens the tile whose times are least over the shapes, as a
-geometric mean, is printed: what a rule of `lowering/tiles.py` says.
+Each case is fused as `fxfuse bench` fuses it, the op's call is caught with its tensors, and every
+tile that fits is checked against the first one's results and timed by direct launches beside the
+tile that the launch table has. For each run of channels and number of tokens the tile whose times
+are least over the shapes, as a geometric mean, is printed: what a rule of `lowering/tiles.py` says.
 """
 
 import argparse
@@ -10,98 +11,128 @@ import dataclasses
 import itertools
 import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
-from fxfuse.bench import timing
-from fxfuse.bench.shapes import DIFFUSION, PRELUDES, ROPE_STORE, Shape
+import fxfuse.ops
+from fxfuse.bench import arguments, recipes, timing
+from fxfuse.bench.recipes import Case
+from fxfuse.entry import Fresh
 from fxfuse.lowering import launch
+from fxfuse.lowering.arch import arch_of
 from fxfuse.lowering.tiles import Tile
-from fxfuse.patterns.record import Layout, Norm, Pair, Pass, Record, Rotation, Store, Stream
+from fxfuse.patterns.record import Record
 from fxfuse.progress import progress
 
-SHAPES = (*PRELUDES, DIFFUSION[0], ROPE_STORE[1])
-TOKENS = (1, 16, 64, 256, 4096, 16384)
-EPS = (1e-6, 1e-6)
+# Those whose op is this kernel's.
+RECIPES = ("prelude", "diffusion", "rope_store", "packed", "mrope")
+OPS = ("fxfuse::norm_rope", "fxfuse::norm_rope_store_")
+# What a call does not read or write as a whole.
+UNCOUNTED = ("k_cache", "v_cache", "cos", "sin")
 # Elements a thread holds: fewer leave loads narrow, more leave registers short.
-LEAST, MOST = 2, 64
+LEAST, MOST = 4, 64
 
 
-def record_of(shape: Shape) -> Record:
-    """What a chain of the recipes becomes; with a store where the shape has one."""
-    d, r = shape.head_dim, shape.rotary
-    adjacent, full = shape.rotation == "gptj", shape.rotation == "half"
-    pair = Pair(0, 1, 2) if adjacent else Pair(0, r // 2, 1)
-    table = Pair(0, r // 2, 1) if full else Pair(0, 0, 1)
-    turn = Rotation(r // 2, pair, pair, table, table, (-1, 1))
-    norm = Norm("head", "before", True, float(shape.norm == "gemma")) if shape.norm else None
-    stores = shape not in DIFFUSION
-    passes = (Pass(r, r, d - r),) if r < d else ()
-    q = Stream(d, norm, turn, passes, dtype="bfloat16")
-    v = Stream(d, None, None, (Pass(0, 0, d),), dtype="bfloat16", keep=False)
-    if not stores:
-        return Record(q, q)
-    return Record(q, dataclasses.replace(q, keep=False), v, Store(Layout("bh0d"), Layout("bh0d")))
+@dataclasses.dataclass(frozen=True)
+class Caught:
+    """One call of the op: its record, eps, and tensors by name, results (NaN) among them."""
+
+    record: Record
+    eps: tuple[float, float]
+    tensors: dict[str, Tensor | None]
+
+    def written(self) -> list[Tensor]:
+        """What a launch writes to, as it is now."""
+        names = ("q_out", "k_out", "k_cache", "v_cache")
+        return [x.clone() for n in names if (x := self.tensors.get(n)) is not None]
+
+    def heads(self) -> int:
+        """The most that a stream has."""
+        return max(int(x.shape[2]) for x in map(self.tensors.get, "qkv") if x is not None)
 
 
-def operands(shape: Shape, record: Record, tokens: int) -> dict[str, Tensor | None]:
-    """Random tensors of one launch; results are NaN."""
+class _Catching(Fresh):
+    """Runs what it compiles node by node, and keeps the op's calls."""
 
-    def draw(*sizes: int) -> Tensor:
-        return torch.randn(sizes, device="cuda").bfloat16()
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(compiler="eager", **settings)
+        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
 
-    h, g, d = shape.heads, shape.kv_heads, shape.head_dim
-    found: dict[str, Tensor | None] = {"q": draw(1, tokens, h, d), "k": draw(1, tokens, g, d)}
-    if shape.norm:
-        found |= {"q_weight": draw(d), "k_weight": draw(d)}
-    found |= {name: draw(1, tokens, shape.rotary) for name in ("cos", "sin")}
-    outs = {"q_out": h} | ({} if record.store else {"k_out": g})
-    for name, heads in outs.items():
-        sizes = (1, tokens, heads, d)
-        found[name] = torch.full(sizes, torch.nan, dtype=torch.bfloat16, device="cuda")
-    if record.store:
-        found |= {name: draw(1, g, max(tokens, 1024), d) for name in ("k_cache", "v_cache")}
-        found |= {"v": draw(1, tokens, g, d), "slots": torch.arange(tokens, device="cuda")[None]}
-    return found
+    def _compile(self, gm: fx.GraphModule, *_: Any) -> Any:
+        calls = self.calls
+
+        class Catcher(fx.Interpreter):
+            def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+                if getattr(target, "_schema", None) and target._schema.name in OPS:
+                    calls.append((target, args))
+                return super().call_function(target, args, kwargs)
+
+        return lambda *args: Catcher(gm).run(*args)
 
 
-def candidates(shape: Shape, run: int, tokens: int) -> list[Tile]:
-    """Tiles that fit a number of tokens: one token with a head a warp, or whole tables a warp."""
-    most = launch.power_above(max(shape.heads, shape.kv_heads))
+@torch.no_grad()
+def caught(case: Case, device: str, seeds: Sequence[int]) -> list[Caught]:
+    """The op's calls of a case, one of each seed's inputs."""
+    backend = _Catching(gate=recipes.RECIPES[case.recipe].gate)
+    torch._dynamo.reset()
+    run = torch.compile(recipes.chain(case, device), backend=backend)
+    for seed in seeds:
+        run(*recipes.draw(case, device, seed).args)
+    assert len(backend.calls) == len(seeds), f"{case.recipe} of {case.shape.name} is not one op"
+    return [_call(op, args) for op, args in backend.calls]
+
+
+def _call(op: Any, args: tuple[Any, ...]) -> Caught:
+    given = dict(zip((a.name for a in op._schema.arguments), args, strict=True))
+    record = fxfuse.ops.read_record(given["record"])
+    found = {n: x for n, x in given.items() if isinstance(x, Tensor)}
+    q_out, k_out = fxfuse.ops.empty_results(found["q"], found.get("k"), record)
+    found["q_out"] = q_out.fill_(torch.nan)
+    if k_out.dim() == 4:
+        found["k_out"] = k_out.fill_(torch.nan)
+    return Caught(record, (given["q_eps"], given["k_eps"]), {**found})
+
+
+def candidates(call: Caught, tokens: int) -> list[Tile]:
+    """Tiles that fit rows of so many tokens."""
+    channels, most = call.record.q.channels, launch.power_above(call.heads())
     found = []
-    for t, h, w in itertools.product((1, 2, 4, 8, 16), (1, 2, 4, 8), (1, 2, 4, 8)):
-        each = t * h * shape.head_dim // (32 * w)
-        matched = t * run == 256 * w or t == 1
-        if matched and LEAST <= each <= MOST and t <= max(1, tokens) and h <= most:
+    for t, h, w in itertools.product((1, 2, 4, 8, 16), (1, 2, 4, 8, 16), (1, 2, 4, 8)):
+        if LEAST <= t * h * channels // (32 * w) <= MOST and t <= tokens and h <= most:
             found.append(Tile(t, h, w))
     return found
 
 
-def timed(shape: Shape, tokens: int, rounds: int) -> dict[Tile, float]:
-    """µs of each tile, checked against the first one's results."""
+def timed(case: Case, rounds: int, device: str = "cuda") -> tuple[int, dict[Tile | None, float]]:
+    """The widest run of channels, and µs of each tile, checked against the launch table's, which
+    stands under None.
+    """
     from fxfuse.lowering import direct
 
-    record = record_of(shape)
-    first = operands(shape, record, tokens)
-    moved = sum(x.nbytes for n, x in first.items() if x is not None and "cache" not in n)
-    count = timing.buffer_count("cuda", moved, tokens)
-    sets = [first, *(operands(shape, record, tokens) for _ in range(count - 1))]
-    tiles = candidates(shape, launch.widest_run(record.q), tokens)
-    samplers, want = {}, None
+    (one,) = caught(case, device, [0])
+    moved = sum(x.nbytes for n, x in one.tensors.items() if x is not None and n not in UNCOUNTED)
+    count = timing.buffer_count(device, moved, case.tokens)
+    calls, target = caught(case, device, range(count)), arch_of(torch.device(device))
+    want: list[Tensor] = []
+    samplers = {}
+    tiles = [None, *candidates(one, case.tokens)]
     for i, tile in enumerate(tiles):
-        plans = [direct.planned(record, tensors, EPS, tile=tile) for tensors in sets]
-        calls = [direct.prepared(plan) for plan in plans]
-        calls[0]()
-        got = [first[n] for n in ("q_out", "k_out", "k_cache") if n in first]
-        want = want or [x.clone() for x in got if x is not None]
-        for x, y in zip(got, want, strict=True):
-            torch.testing.assert_close(x, y, rtol=2**-7, atol=1e-2)
-        samplers[str(i)] = timing.sampler("cuda", calls, timing.call_count(count, moved, 4e6))
+        plans = [direct.planned(c.record, c.tensors, c.eps, target, tile) for c in calls]
+        runs = [direct.prepared(plan) for plan in plans]
+        runs[0]()
+        want = want or calls[0].written()
+        for x, y in zip(calls[0].written(), want, strict=True):
+            # Sums in another order may round the other way: of bits that is the next number.
+            least = 1e-2 if x.is_floating_point() else 1.0
+            torch.testing.assert_close(x.float(), y.float(), rtol=2**-7, atol=least)
+        samplers[str(i)] = timing.sampler(device, runs, timing.call_count(count, moved, 4e6))
     spreads = timing.interleaved(samplers, rounds)
-    return {tile: spreads[str(i)].median for i, tile in enumerate(tiles)}
+    run = launch.widest_run(one.record.q)
+    return run, {tile: spreads[str(i)].median for i, tile in enumerate(tiles)}
 
 
 def run(args: argparse.Namespace) -> int:
@@ -110,25 +141,31 @@ def run(args: argparse.Namespace) -> int:
         raise SystemExit("fxfuse tune needs a CUDA or ROCm GPU")
     found: dict[tuple[int, int], list[dict[Tile, float]]] = {}
     told: list[dict[str, Any]] = []
-    cases = list(itertools.product(SHAPES, args.tokens))
+    cases = [c for r in args.recipes for c in recipes.cases(r, "cuda", args.tokens, args.only)]
     with progress(len(cases)) as begin:
-        for shape, tokens in cases:
-            begin(f"{shape.name} T={tokens}")
-            times = timed(shape, tokens, args.rounds)
-            found.setdefault((launch.widest_run(record_of(shape).q), tokens), []).append(times)
-            best = sorted(times, key=times.__getitem__)[:5]
-            cells = "  ".join(f"{dataclasses.astuple(t)} {times[t]:.2f}" for t in best)
-            print(f"{shape.name} T={tokens}: {cells}", flush=True)
-            rows = [{**dataclasses.asdict(t), "us": us} for t, us in times.items()]
-            told.append({"shape": shape.name, "tokens": tokens, "tiles": rows})
+        for case in cases:
+            begin(f"{case.recipe} {case.shape.name} T={case.tokens}")
+            width, times = timed(case, args.rounds)
+            now, every = times[None], {t: us for t, us in times.items() if t is not None}
+            found.setdefault((width, case.tokens), []).append(every)
+            print(_line(case, now, every), flush=True)
+            rows = [{**dataclasses.asdict(t), "us": us} for t, us in every.items()]
+            head = {"recipe": case.recipe, "shape": case.shape.name, "tokens": case.tokens}
+            told.append({**head, "now_us": now, "tiles": rows})
             if args.json:
                 args.json.write_text(json.dumps(told, indent=1) + "\n")
-    for (width, tokens), every in sorted(found.items()):
-        tile, loss = least_loss(every)
+    for (width, tokens), each in sorted(found.items()):
+        tile, loss = least_loss(each)
         print(
             f"run {width}, T = {tokens}: {tile}, {100 * (loss - 1):.1f} % above each shape's best"
         )
     return 0
+
+
+def _line(case: Case, now: float, every: dict[Tile, float]) -> str:
+    best = sorted(every, key=every.__getitem__)[:5]
+    cells = "  ".join(f"{dataclasses.astuple(t)} {every[t]:.2f}" for t in best)
+    return f"{case.recipe} {case.shape.name} T={case.tokens}: now {now:.2f}  {cells}"
 
 
 def least_loss(every: list[dict[Tile, float]]) -> tuple[Tile, float]:
@@ -146,7 +183,9 @@ def add_arguments(subcommands: "argparse._SubParsersAction[argparse.ArgumentPars
     """Enter `tune` into a parser."""
     words = "find the kernel's fastest tiles on this GPU, for lowering/tiles.py"
     tune = subcommands.add_parser("tune", help=words, description=words)
-    tune.add_argument("--tokens", type=int, nargs="+", default=list(TOKENS), metavar="T")
-    tune.add_argument("--rounds", type=int, default=10)
+    tune.add_argument("--recipes", nargs="+", choices=RECIPES, default=["prelude"])
+    tune.add_argument("--tokens", type=arguments.positive, nargs="+", metavar="T")
+    tune.add_argument("--only", default="", metavar="NAME", help="a part of a shape's name")
+    tune.add_argument("--rounds", type=arguments.positive, default=10)
     tune.add_argument("--json", type=Path, metavar="FILE")
     tune.set_defaults(run=run)
