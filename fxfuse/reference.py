@@ -74,6 +74,8 @@ def norm_rope_store_(
         write_(k_cache, store.k, store, at, k_cache_scale, parts)
     if v is not None and v_cache is not None and record.v is not None:
         parts = row_parts(v, unrounded(record.v, store.v), None, None, None, cos, sin, k_eps)
+        if "e" in store.v.axes:
+            parts = [(0, 1, assembled(parts, record.v.channels))]
         write_(v_cache, store.v, store, at, v_cache_scale, parts)
     return q_row, k_row
 

@@ -39,7 +39,7 @@ def _no_triton_kernel(facts: Facts) -> str | None:
         return "q and k turn by different axes"
     if axis_runs(record)[0] > MAX_AXIS_RUNS:
         return f"the axes of the pairs are more than {MAX_AXIS_RUNS} runs"
-    if any(s is not None and len(s.passes) > 2 for s in (q, k)):
+    if any(s is not None and len(s.passes) > 2 for s in (q, k, v)):
         return "the kernel passes at most two runs of channels through"
     if v is not None and (v.rotation or v.has_scale or v.scale != 1.0):
         return "the kernel copies v, or norms it"

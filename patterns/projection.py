@@ -164,6 +164,9 @@ class Projections:
             if isinstance(access.leaf.slot, Slot) and access.leaf.slot.storage == product.storage:
                 raise Refused("a projection that others read too: the statistic of its rows")
         waiting = [product]
+        if site.v is not None and site.v.stream.norm is not None:
+            # Its norm is part of the site, what the norm gives need not be.
+            waiting.append(site.v.slot)
         while waiting:
             slot = waiting.pop()
             if slot in self.uses.returned:

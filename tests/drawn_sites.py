@@ -82,9 +82,10 @@ def sites(draw: st.DrawFn, formats: Sequence[str] = FORMATS) -> Site:
         if draw(st.integers(0, 3)):
             v = copied(draw(st.sampled_from(CHANNELS)), dtype=str(rows).removeprefix("torch."))
             kind = draw(st.sampled_from(["", "", "rms", "l2", "layer"]))
-            v = dataclasses.replace(
-                v, norm=Norm("head", "before", False, kind=kind) if kind else None
-            )
+            norm = Norm("head", "before", False, kind=kind) if kind else None
+            half, swaps = v.channels // 2, kind and draw(st.booleans()) and v.channels % 2 == 0
+            runs = (Pass(0, half, half), Pass(half, 0, half)) if swaps else v.passes
+            v = dataclasses.replace(v, norm=norm, passes=runs)
     if k is not None and store is not None and not store.k.cast.dtype:
         k = dataclasses.replace(k, dtype=q.dtype)
     pair_axes = turn.axes if turn is not None else ()

@@ -20,6 +20,7 @@ from triton.compiler import ASTSource, CompilationError  # noqa: E402
 from fxfuse.lowering import kernels, launch, providers  # noqa: E402
 from fxfuse.lowering.launch_stores import FORMATS  # noqa: E402
 from fxfuse.lowering.operand import Operand  # noqa: E402
+from fxfuse.patterns.record import Pass  # noqa: E402
 
 pytestmark = pytest.mark.aot
 
@@ -117,6 +118,16 @@ def test_the_kernel_declines_the_formats_that_a_target_lacks(target, format, mon
     assert (choice.provider == "triton") == compiles
     declined = ("triton", f"Triton does not cast to {format} on this GPU")
     assert compiles or declined in choice.declined
+
+
+def test_a_v_of_more_runs_than_the_kernel_holds_takes_the_loops():
+    record = SITES["gemma4"]
+    thirds = tuple(Pass(16 * i, 16 * (2 - i), 16) for i in range(3))
+    providers.register()
+    for passes, wanted in ((record.v.passes, "triton"), (thirds, "loops")):
+        one = dataclasses.replace(record, v=dataclasses.replace(record.v, passes=passes))
+        facts = providers.Facts(one, (2, 2, 2), 2, device=torch.device("cuda"))
+        assert providers.choose("cuda", facts).provider == wanted
 
 
 def test_neighbours_and_halves_load_and_store_wide():

@@ -6,13 +6,27 @@ file, run as a program.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 
 import pytest
 import torch
 
+from fxfuse.patterns.record import Pass
 from tests.interpreted import interpreted
-from tests.sites import NORM, SITES, Operands, cached, halves, neighbours, operands, site, untouched
+from tests.sites import (
+    BARE,
+    NORM,
+    SITES,
+    Operands,
+    cached,
+    halves,
+    neighbours,
+    operands,
+    paged,
+    site,
+    untouched,
+)
 from tests.test_head_sizes import GROUPS, HEAD_SIZES
 
 pytestmark = pytest.mark.aot
@@ -114,10 +128,15 @@ def sites() -> None:
     assert not got.isnan().any() and torch.equal(got[:, 2:], wanted[:, 2:])
     others = [*range(4), *range(10, 20), *range(26, 128)]
     assert torch.equal(got[:, :2, :, others], wanted[:, :2, :, others])
-    # v is normed with k's eps.
-    case = operands("gemma4")
-    case.eps = (0.0, 0.5)
-    check(case)
+    # v is normed with k's eps, and its halves change places on their way into split channels.
+    one = site(24, norm=NORM, store=paged("0hd1e", "0hd1e"), v_norm=BARE)
+    swapped = dataclasses.replace(one.v, passes=(Pass(0, 12, 12), Pass(12, 0, 12)))
+    SITES["swapped"] = dataclasses.replace(one, v=swapped)
+    for name in ("gemma4", "swapped"):
+        case = operands(name)
+        case.eps = (0.0, 0.5)
+        check(case)
+    del SITES["swapped"]
     # A slot outside the cache is never written.
     case = operands("qwen3", tokens=2, slots=4)
     case.tensors["slots"] = torch.tensor([[4, -1]])

@@ -18,7 +18,7 @@ from fxfuse.patterns.projection import MAX_ROWS
 from tests.models.families import FAMILIES
 from tests.models.tiny import build, static_cache, token_ids
 from tests.sites import NORM, cached, site, with_dtype
-from tests.test_slots import KeyIsValue, NormedV
+from tests.test_slots import KeyIsValue, NormedV, ReadV
 from tests.toys import Layer, assert_like, by_index_copy, caches, hidden_states
 
 pytestmark = pytest.mark.null
@@ -85,6 +85,12 @@ def test_a_product_whose_normed_v_no_site_takes_is_read_by_others() -> None:
     assert [reason.split(":")[0] for reason in reasons(report)] == [
         "a projection that others read too"
     ]
+
+
+def test_a_product_whose_normed_v_others_read_is_the_compilers() -> None:
+    report = run(ReadV(by_index_copy), hidden_states(), *caches())
+    assert not projected(report)
+    assert reasons(report) == ["a projection that others read too: aten.mul.Tensor"]
 
 
 @pytest.mark.parametrize("name", ["qwen3", "qwen2", "gpt_neox", "phi3"])
