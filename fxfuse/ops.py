@@ -79,7 +79,8 @@ def norm_rope_store_(
     Layout: any strides everywhere; results as norm_rope.
     Dtypes: as norm_rope; a cache has its rows' dtype, the format its layout's cast names, or
         uint8 for such a format's bits.
-    Rounding: as norm_rope; v is copied; where there is a cast, row (/ or *) scale is rounded once.
+    Rounding: as norm_rope; v is copied, or normed by its head without a weight and with k_eps;
+        where there is a cast, row (/ or *) scale is rounded once.
     Mutates: k_cache and v_cache, at the slots alone. Not differentiable.
     Errors: ValueError where shapes and record disagree.
     Source: transformers' StaticCache (index_copy_), index_put_ into paged caches, paged attention's

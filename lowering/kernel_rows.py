@@ -76,7 +76,7 @@ def load_table(
     at, m_r = rows_at(ptr, positions[0], mask, stride_t, LOOKUP)
     first, second = load_pairs(at, m_r, stride_c, FIRST, SECOND, STEP, ROW[0], ROW[15])
     for r in tl.static_range(1, RUNS):
-        # Whole rows, 16 bytes a thread as q's are: single entries would lie on other threads.
+        # Whole rows, of which each pair takes its own: neighbours in memory, unlike single entries.
         at, m_r = rows_at(ptr, positions[r], mask, stride_t, LOOKUP)
         a, b = load_pairs(at, m_r, stride_c, FIRST, SECOND, STEP, ROW[0], ROW[15])
         i = tl.arange(0, ROW[15])[None, None, :]

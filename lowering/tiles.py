@@ -40,8 +40,8 @@ MANY = float("inf")
 
 # Measured on an H200 for q, k, v of 16/8 to 64/8 heads in one batch row; the default of other
 # targets too. Of many rows a row's elements have to lie on a warp's threads as a table's do, where
-# tokens * run = 256 * warps: anything else moves tables through shared memory. Of few rows the
-# tile with the most loads under way wins.
+# tokens * run = 256 * warps: anything else moves tables through shared memory. Of few rows what was
+# fastest, by no rule that we found.
 HOPPER = (
     Rule(2048, 32, Tile(1, 4, 4)),
     Rule(MANY, 32, Tile(8, 2, 1)),

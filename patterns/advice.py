@@ -126,7 +126,7 @@ ADVICE = (
         "write the quantisation in that order, for k and v alike",
     ),
     Advice(
-        ("^rows that are normed with another eps", "^normed rows of other tokens"),
+        ("^rows that are normed", "^normed rows of other tokens"),
         "a v that is stored as it is, or normed by its head with k's eps and without a weight",
         "nothing: the norm and the store of v stay the compiler's, all before k's store is fused",
     ),

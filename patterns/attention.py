@@ -6,6 +6,7 @@ from typing import TypeAlias
 import torch
 
 from fxfuse.patterns.access import Refused
+from fxfuse.patterns.cut import origin_of
 from fxfuse.patterns.norms import read_statistic
 from fxfuse.patterns.read import Reading
 from fxfuse.patterns.site import StoreWrite
@@ -60,14 +61,8 @@ def normed_operands(reading: Reading, stores: Sequence[StoreWrite]) -> dict[Leaf
 
 def stored_statistics(reading: Reading, stores: Sequence[StoreWrite]) -> set[Leaf]:
     """The row statistics of rows that are normed, not rotated, on their way into a cache."""
-    found = set()
-    for store in stores:
-        slot = store.value
-        while (call := slot.call) is not None and (
-            call in store.through or reading.relations.get(call) == "view"
-        ):
-            slot = store.through.get(call) or call.inputs()[0]
-        found.add(statistic_in(reading.values[slot]))
+    origins = (origin_of(reading, store.value, store.through) for store in stores)
+    found = (statistic_in(reading.values[slot]) for slot in origins)
     return {leaf for leaf in found if leaf is not None}
 
 

@@ -6,7 +6,7 @@ projection can: what comes before it stays the model's.
 """
 
 import heapq
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -28,6 +28,22 @@ def cuts(reading: Reading, slot: Slot) -> Iterator[Value]:
             yield _read_from(reading, waist, between, slot)
         except Opaque:
             continue
+
+
+def origin_of(
+    reading: Reading,
+    slot: Slot,
+    through: Mapping[Call, Slot] = NOTHING,
+    ends: Container[Slot] = (),
+) -> Slot:
+    """What views, and the calls of `through`, make a slot of: the nearest of `ends`, or what no
+    view makes.
+    """
+    while slot not in ends and (call := slot.call) is not None:
+        if call not in through and reading.relations.get(call) != "view":
+            break
+        slot = through.get(call) or call.inputs()[0]
+    return slot
 
 
 def seen_from(

@@ -103,7 +103,9 @@ class Frontier:
             self._try(call, slot, rows, "decode")
         elif (leaf := statistic_in(value)) in self.readers:
             self._try(call, slot, value, "norm")
-        elif leaf is not None and not (leaf in self.stored and self._accept_stored(slot, value)):
+        elif leaf is not None and not (
+            leaf in self.stored and self._accept_stored(call, slot, value)
+        ):
             self.normed.append((leaf, slot, value))
 
     def _try(self, call: Call, slot: Slot, value: Value, stage: str) -> None:
@@ -207,10 +209,8 @@ class Frontier:
         self.absorbed.add(call)
         self.operands.update(a.leaf.slot for a in decoded.accesses())
 
-    def _accept_stored(self, slot: Slot, value: Value) -> bool:
+    def _accept_stored(self, call: Call, slot: Slot, value: Value) -> bool:
         """Whether normed rows are what a store can norm: by head and by no tensor but the rows."""
-        call = slot.call
-        assert call is not None
         try:
             decoded = self._decoded(slot, value)
             norm = decoded.stream.norm

@@ -196,12 +196,7 @@ def register_store(
     Errors: FxfuseError for arguments that the op has not, and for letters that say nothing.
     """
     said = [key, value, key_cache, value_cache, slots, offsets, key_scale, value_scale]
-    if not isinstance(skipped_slot, (int, str, type(None))):
-        raise FxfuseError(
-            f"fxfuse.register_store: skipped_slot={skipped_slot}, wanted a number or an argument's "
-            "name"
-        )
-    said += [skipped_slot] if isinstance(skipped_slot, str) else []
+    said.append(_name_in(skipped_slot))
     _check_op(op, [*(name for name in said if name is not None), *(when or {})])
     if (value is None) != (value_cache is None):
         raise FxfuseError("fxfuse.register_store: wanted value and value_cache, or neither")
@@ -236,6 +231,16 @@ def _check_axes(*layouts: str) -> None:
             raise FxfuseError(
                 f"fxfuse.register_store: layout {axes!r}, wanted h, d and 0, perhaps 1, 2 and e"
             )
+
+
+def _name_in(skipped_slot: Any) -> str | None:
+    """The argument that names the slot, if one does."""
+    if not isinstance(skipped_slot, (int, str, type(None))):
+        raise FxfuseError(
+            f"fxfuse.register_store: skipped_slot={skipped_slot}, wanted a number or an argument's "
+            "name"
+        )
+    return skipped_slot if isinstance(skipped_slot, str) else None
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 
 from fxfuse.patterns.access import Refused
-from fxfuse.patterns.cut import NOTHING
+from fxfuse.patterns.cut import NOTHING, origin_of
 from fxfuse.patterns.disjoint import are_disjoint
 from fxfuse.patterns.held import VIEWS
 from fxfuse.patterns.parted import JOINTS, parted
@@ -89,13 +89,8 @@ class Stores:
         return bool(ends)
 
     def origin(self, slot: Slot, through: Mapping[Call, Slot] = NOTHING) -> Slot:
-        """The stream's end, or the tensor, that views make a slot of; see `cut.seen_from`."""
-        while slot not in self.ends and slot.call is not None:
-            call = slot.call
-            if call not in through and self.reading.relations.get(call) != "view":
-                break
-            slot = through.get(call) or call.inputs()[0]
-        return slot
+        """The stream's end, or the tensor, that views make a slot of."""
+        return origin_of(self.reading, slot, through, self.ends)
 
     def of(self, decoded: Decoded) -> StoreWrite | None:
         """The cache write of a stream's result, seen through views."""
@@ -115,7 +110,7 @@ class Stores:
         self, k: Decoded, k_store: StoreWrite, free: Iterable[StoreWrite]
     ) -> StoreWrite | None:
         """v's store: the nearest one at the same slots, into other memory, of a value that is a
-        view of a projection.
+        view of a projection, or its norm.
         """
         for store in free:
             if store.negative != k_store.negative:
@@ -142,7 +137,9 @@ class Stores:
             if copy is None:
                 raise Refused("stored rows that are no view of a tensor of the graph")
             return copy
-        if k.stream.norm is None or v.eps != k.eps:
+        if k.stream.norm is None:
+            raise Refused("rows that are normed where those of k are not")
+        if v.eps != k.eps:
             raise Refused("rows that are normed with another eps than those of k")
         its = placed(self.reading, store, v, roots)
         if its.flat != where.flat or _sizes(v) != _sizes(k):

@@ -112,6 +112,21 @@ def test_a_v_normed_with_another_eps_is_the_models(finish: Finish) -> None:
     ]
 
 
+class NormedVAlone(NormedV):
+    """k turns as it is."""
+
+    def prelude(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+        return llama(q, cos, sin), llama(k, cos, sin)
+
+
+@WRITES
+def test_a_v_that_is_normed_beside_a_k_that_is_not_is_the_models(finish: Finish) -> None:
+    report = check(NormedVAlone(finish))
+    assert stages(report) == ["store(k)"]
+    assert [r.reason for r in report.refused] == ["rows that are normed where those of k are not"]
+
+
 class WeightedV(NormedV):
     """Its norm has a weight, which the op has no argument for."""
 

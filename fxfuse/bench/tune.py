@@ -1,8 +1,8 @@
 """`fxfuse tune`: which tile of the kernel is fastest for the rows of a recipe.
 
 Each case is fused as `fxfuse bench` fuses it, the op's call is caught with its tensors, and every
-tile that fits is checked against the first one's results and timed by direct launches beside the
-tile that the launch table has. For each run of channels and number of tokens the tile whose times
+tile that fits is checked against the results of the launch table's and timed beside it by direct
+launches. For each run of channels and number of tokens the tile whose times
 are least over the shapes, as a geometric mean, is printed: what a rule of `lowering/tiles.py` says.
 """
 
@@ -89,12 +89,12 @@ def caught(case: Case, device: str, seeds: Sequence[int]) -> list[Caught]:
 def _call(op: Any, args: tuple[Any, ...]) -> Caught:
     given = dict(zip((a.name for a in op._schema.arguments), args, strict=True))
     record = fxfuse.ops.read_record(given["record"])
-    found = {n: x for n, x in given.items() if isinstance(x, Tensor)}
-    q_out, k_out = fxfuse.ops.empty_results(found["q"], found.get("k"), record)
+    found: dict[str, Tensor | None] = {n: x for n, x in given.items() if isinstance(x, Tensor)}
+    q_out, k_out = fxfuse.ops.empty_results(given["q"], given["k"], record)
     found["q_out"] = q_out.fill_(torch.nan)
     if k_out.dim() == 4:
         found["k_out"] = k_out.fill_(torch.nan)
-    return Caught(record, (given["q_eps"], given["k_eps"]), {**found})
+    return Caught(record, (given["q_eps"], given["k_eps"]), found)
 
 
 def candidates(call: Caught, tokens: int) -> list[Tile]:
