@@ -91,6 +91,8 @@ def test_kernel_compiles(name, target):
 @pytest.mark.parametrize("format", [x for x in FORMATS if x])
 @pytest.mark.parametrize("target", [*TARGETS, ("cuda", 89, 32)], ids=lambda t: str(t[1]))
 def test_the_kernel_declines_the_formats_that_a_target_lacks(target, format, monkeypatch):
+    if triton.__version__ < "3.7" and target[0] == "hip" and format.endswith("fnuz"):
+        pytest.skip("up to Triton 3.6 a process's first AMD target decides all fnuz casts in it")
     case = operands("8 bits", heads=2, kv_heads=2, tokens=1)
     store = case.record.store
     layouts = {
