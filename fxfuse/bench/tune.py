@@ -2,8 +2,9 @@
 
 Each case is fused as `fxfuse bench` fuses it, the op's call is caught with its tensors, and every
 tile that fits is checked against the results of the launch table's and timed beside it by direct
-launches. For each run of channels and number of tokens the tile whose times
-are least over the shapes, as a geometric mean, is printed: what a rule of `lowering/tiles.py` says.
+launches, each with results of its own, as calls of a compiled graph have them. For each run of
+channels and number of tokens the tile whose times are least over the shapes, as a geometric mean,
+is printed: what a rule of `lowering/tiles.py` says.
 """
 
 import argparse
@@ -49,6 +50,14 @@ class Caught:
         """What a launch writes to, as it is now."""
         names = ("q_out", "k_out", "k_cache", "v_cache")
         return [x.clone() for n in names if (x := self.tensors.get(n)) is not None]
+
+    def again(self) -> "Caught":
+        """The same call with results of its own."""
+        tensors = dict(self.tensors)
+        for name in ("q_out", "k_out"):
+            if (x := tensors.get(name)) is not None:
+                tensors[name] = torch.full_like(x, torch.nan)
+        return dataclasses.replace(self, tensors=tensors)
 
     def heads(self) -> int:
         """The most that a stream has."""
@@ -116,7 +125,9 @@ def timed(case: Case, rounds: int, device: str = "cuda") -> tuple[int, dict[Tile
     (one,) = caught(case, device, [0])
     moved = sum(x.nbytes for n, x in one.tensors.items() if x is not None and n not in UNCOUNTED)
     count = timing.buffer_count(device, moved, case.tokens)
-    calls, target = caught(case, device, range(count)), arch_of(torch.device(device))
+    sets, target = caught(case, device, range(count)), arch_of(torch.device(device))
+    many = timing.call_count(count, moved, 4e6)
+    calls = [sets[i % count].again() for i in range(many)]
     want: list[Tensor] = []
     samplers = {}
     tiles = [None, *candidates(one, case.tokens)]
@@ -129,7 +140,7 @@ def timed(case: Case, rounds: int, device: str = "cuda") -> tuple[int, dict[Tile
             # Sums in another order may round the other way: of bits that is the next number.
             least = 1e-2 if x.is_floating_point() else 1.0
             torch.testing.assert_close(x.float(), y.float(), rtol=2**-7, atol=least)
-        samplers[str(i)] = timing.sampler(device, runs, timing.call_count(count, moved, 4e6))
+        samplers[str(i)] = timing.sampler(device, runs, many)
     spreads = timing.interleaved(samplers, rounds)
     run = launch.widest_run(one.record.q)
     return run, {tile: spreads[str(i)].median for i, tile in enumerate(tiles)}
