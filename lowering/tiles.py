@@ -38,10 +38,8 @@ class Rule:
 
 MANY = float("inf")
 
-# Measured on an H200 for q, k, v of 16/8 to 64/8 heads in one batch row; the default of other
-# targets too. Of many rows a row's elements have to lie on a warp's threads as a table's do, where
-# tokens * run = 256 * warps: anything else moves tables through shared memory. Of few rows what was
-# fastest, by no rule that we found.
+# Measured on an H200 for q, k, v of 16/8 to 64/8 heads in one batch row, by no rule that we found;
+# the default of other targets too. Of many rows a thread loads 16 bytes at once.
 HOPPER = (
     Rule(2048, 32, Tile(1, 4, 4)),
     Rule(MANY, 32, Tile(8, 2, 1)),
@@ -50,8 +48,8 @@ HOPPER = (
     Rule(2048, 64, Tile(2, 4, 8)),
     Rule(6144, 64, Tile(1, 8, 4)),
     Rule(8192, 64, Tile(2, 8, 8)),
-    Rule(16384, 64, Tile(16, 1, 4)),
-    Rule(MANY, 64, Tile(8, 4, 2)),
+    Rule(16384, 64, Tile(2, 16, 8)),
+    Rule(MANY, 64, Tile(2, 4, 2)),
     Rule(4096, MANY, Tile(1, 8, 8), channels=128),
     Rule(16384, MANY, Tile(1, 8, 4), channels=128),
     Rule(640, MANY, Tile(1, 1, 1)),

@@ -5,6 +5,9 @@ the CPU, and the Triton kernel on a GPU, against what `tests.truth` says in floa
 from __future__ import annotations
 
 import functools
+import itertools
+import math
+import time
 from typing import Any
 
 import pytest
@@ -120,19 +123,22 @@ CALL = st.tuples(st.integers(1, 3), st.integers(1, 70), SEED)
 HARDWARE = ("float8_e4m3fn", "float8_e5m2")
 
 
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm GPU")
-@pytest.mark.parametrize("part", range(15))
-def test_the_kernel_is_no_less_exact_than_the_plain_path(part: int) -> None:
-    """4 sites of 40 calls each, so that 15 workers have 2,400."""
+def sites_on_the_kernel(start: int, examples: int, until: float = math.inf) -> int:
+    """Draws sites of 40 calls each until that time, and says how many calls were checked."""
+    checked = 0
 
-    @seed(part)
-    @settings(max_examples=4, deadline=None, suppress_health_check=HEALTH, phases=NO_SHRINKING)
+    @seed(start)
+    @settings(
+        max_examples=examples, deadline=None, suppress_health_check=HEALTH, phases=NO_SHRINKING
+    )
     @given(sites(HARDWARE), ROWS, st.booleans(), st.lists(CALL, min_size=40, max_size=40))
     def each(site: Site, rows: int, wide: bool, calls: list[tuple[int, int, int]]) -> None:
+        nonlocal checked
         q = site.record.q
         tile = tile_for("", rows, Rows(q.channels, launch.widest_run(q), wide_tables=wide))
         for call in calls:
+            if time.monotonic() > until:
+                return
             one, again, plain = (drawn(site, *call, device="cuda") for _ in range(3))
             found, repeated = launched(one, tile), launched(again, tile)
             assert all(equal(found[name], repeated[name]) for name in found)
@@ -141,5 +147,32 @@ def test_the_kernel_is_no_less_exact_than_the_plain_path(part: int) -> None:
             for name, want in wanted.items():
                 assert no_less_exact(found[name], eager[name], want), name
             check(one, found, wanted)
+            checked += 1
 
     each()
+    return checked
+
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm GPU")
+
+
+@pytest.mark.cuda
+@on_gpu
+@pytest.mark.parametrize("part", range(15))
+def test_the_kernel_is_no_less_exact_than_the_plain_path(part: int) -> None:
+    """4 sites of 40 calls each, so that 15 workers have 2,400."""
+    assert sites_on_the_kernel(part, examples=4) > 0
+
+
+@pytest.mark.cuda
+@pytest.mark.long
+@on_gpu
+@pytest.mark.parametrize("part", range(12))
+def test_five_minutes_of_sites_on_the_kernel(part: int) -> None:
+    """An hour for one worker; what each has checked is printed."""
+    until = time.monotonic() + 300
+    # Rounds, since a longer one would go on drawing when its time is over.
+    rounds = itertools.takewhile(lambda _: time.monotonic() < until, itertools.count())
+    counts = [sites_on_the_kernel(1000 * (part + 1) + i, 8, until) for i in rounds]
+    print(f"{sum(counts)} calls of about {sum(counts) // 40} sites")
+    assert sum(counts) > 0
