@@ -48,7 +48,7 @@ HOPPER = (
     Rule(2048, 64, Tile(2, 4, 8)),
     Rule(6144, 64, Tile(1, 8, 4)),
     Rule(8192, 64, Tile(2, 8, 8)),
-    Rule(16384, 64, Tile(2, 16, 8)),
+    Rule(16384, 64, Tile(16, 1, 4)),
     Rule(MANY, 64, Tile(2, 4, 2)),
     Rule(4096, MANY, Tile(1, 8, 8), channels=128),
     Rule(16384, MANY, Tile(1, 8, 4), channels=128),
