@@ -99,15 +99,24 @@ def are_guarded(gm: fx.GraphModule) -> bool:
     return mode is not None and mode.shape_env is fake_mode_of(gm).shape_env is not None
 
 
-def guard_equal(node: fx.Node, size: Any, other: Any) -> bool:
-    """Guard that two sizes are equal, where they are in this run and the other one is never 1;
-    whether they are now known to be.
+def guard_equal(node: fx.Node, size: Any, other: Any, least: int) -> bool:
+    """Guard that two sizes are equal, where they are in this run and the other one is never below
+    least; whether they are now known to be.
     """
-    a, b = symint_of(node, size), symint_of(node, other)
-    seen = [x.node.hint if x.node.has_hint() else None for x in (a, b)]
-    if None in seen or seen[0] != seen[1] or b.node.shape_env.bound_sympy(other).lower < 2:
+    a, b = (x if isinstance(x, int) else symint_of(node, x) for x in (size, other))
+    seen = [_seen(x) for x in (a, b)]
+    if None in seen or seen[0] != seen[1]:
+        return False
+    if isinstance(b, torch.SymInt) and b.node.shape_env.bound_sympy(other).lower < least:
         return False
     return bool(a == b)
+
+
+def _seen(size: int | torch.SymInt) -> int | None:
+    """What a size is in this run, None where nobody has seen it."""
+    if isinstance(size, int):
+        return size
+    return size.node.hint if size.node.has_hint() else None
 
 
 def storage_key(t: torch.Tensor) -> int:
