@@ -14,12 +14,13 @@ from torch import nn
 
 from fxfuse.tiny.diffusion_flux import FLUX_LIKE
 from fxfuse.tiny.diffusion_images import IMAGES
+from fxfuse.tiny.diffusion_images_edit import EDITS
 from fxfuse.tiny.diffusion_plain import PLAIN
 from fxfuse.tiny.diffusion_sounds import SOUNDS
 from fxfuse.tiny.diffusion_videos import VIDEOS
 from fxfuse.tiny.units import ROTARY, Unit
 
-ENTRIES = FLUX_LIKE | IMAGES | PLAIN | SOUNDS | VIDEOS
+ENTRIES = EDITS | FLUX_LIKE | IMAGES | PLAIN | SOUNDS | VIDEOS
 TABLE = {f"diffusers/{name}": entry for name, entry in sorted(ENTRIES.items())}
 FOLDER = "diffusers.models.transformers"
 
