@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fxfuse.tiny.diffusion_inputs import grid, time, tokens
 from fxfuse.tiny.diffusion_unit import AXES, HEADS, TEXT, Arguments, Diffusion
@@ -24,11 +25,29 @@ FLUX: Arguments = {
 }
 
 
+def _places(side: int, frame: float = 0.0) -> Tensor:
+    """Positions of a square image, (frame, row, column, word) each."""
+    before, after = torch.full((side * side, 1), frame), torch.zeros(side * side, 1)
+    return torch.cat([before, grid(side, side, axes=2), after], dim=1)
+
+
+def _words() -> Tensor:
+    return torch.cat([torch.zeros(TEXT, 3), torch.arange(float(TEXT))[:, None]], dim=1)
+
+
 def _flux2() -> Arguments:
-    nothing = torch.zeros(16, 1)
-    text = torch.cat([torch.zeros(TEXT, 3), torch.arange(float(TEXT))[:, None]], dim=1)
-    places = torch.cat([nothing, grid(4, 4, axes=2), nothing], dim=1)
-    return tokens(img_ids=places[None], txt_ids=text[None], guidance=time())
+    return tokens(img_ids=_places(4)[None], txt_ids=_words()[None], guidance=time())
+
+
+def _flux3() -> Arguments:
+    """With an image of 2 x 2 tokens to look at."""
+    return tokens(
+        img_ids=_places(4),
+        txt_ids=_words(),
+        timestep=time(0.5),
+        image_cond_hidden_states=noise(1, 4, 4),
+        image_cond_ids=_places(2, frame=10.0),
+    )
 
 
 def flux(model: str, file: str, inputs: Callable[[], Arguments], **sizes: Any) -> Diffusion:
@@ -63,6 +82,20 @@ FLUX_LIKE: dict[str, Diffusion] = {
         _flux2,
         axes_dims_rope=(8, 8, 8, 8),
         timestep_guidance_channels=256,
+    ),
+    "flux3": Diffusion(
+        "transformer_flux3",
+        "Flux3Transformer2DModel",
+        {
+            **HEADS,
+            "in_channels": 4,
+            "cond_in_channels": 4,
+            "num_layers": 1,
+            "num_single_layers": 1,
+            "joint_attention_dim": 32,
+            "axes_dims_rope": (8, 8, 8, 8),
+        },
+        _flux3,
     ),
     "longcat_image": flux(
         "LongCatImageTransformer2DModel",

@@ -92,6 +92,18 @@ def _hidream() -> Arguments:
     }
 
 
+def _hunyuan() -> Arguments:
+    from diffusers.models.embeddings import get_2d_rotary_pos_embed
+
+    side = 4
+    return image(
+        text_embedding_mask=torch.ones(1, TEXT),
+        encoder_hidden_states_t5=noise(1, TEXT, 32),
+        text_embedding_mask_t5=torch.ones(1, TEXT),
+        image_rotary_emb=get_2d_rotary_pos_embed(32, ((0, 0), (side, side)), (side, side)),
+    )
+
+
 def _qwenimage() -> Arguments:
     return {
         "hidden_states": noise(1, 16, 16),
@@ -179,6 +191,25 @@ IMAGES: dict[str, Diffusion] = {
         },
         _hidream,
     ),
+    "hunyuan_transformer_2d": Diffusion(
+        "hunyuan_transformer_2d",
+        "HunyuanDiT2DModel",
+        {
+            **HEADS,
+            "in_channels": 4,
+            "patch_size": 2,
+            "sample_size": 8,
+            "hidden_size": 128,
+            "num_layers": 2,
+            "cross_attention_dim": 32,
+            "cross_attention_dim_t5": 32,
+            "pooled_projection_dim": 16,
+            "text_len": TEXT,
+            "text_len_t5": TEXT,
+            "use_style_cond_and_image_meta_size": False,
+        },
+        _hunyuan,
+    ),
     "hunyuanimage": Diffusion(
         "transformer_hunyuanimage",
         "HunyuanImageTransformer2DModel",
@@ -264,6 +295,24 @@ IMAGES: dict[str, Diffusion] = {
             "cross_attention_dim": 32,
         },
         _lumina_next,
+    ),
+    "nucleusmoe_image": Diffusion(
+        "transformer_nucleusmoe_image",
+        "NucleusMoEImageTransformer2DModel",
+        {
+            **HEADS,
+            "in_channels": 16,
+            "out_channels": 4,
+            "num_layers": 2,
+            "num_key_value_heads": 2,
+            "joint_attention_dim": 16,
+            "axes_dims_rope": AXES,
+            "dense_moe_strategy": "leave_first_block_dense",
+            "num_experts": 2,
+            "moe_intermediate_dim": 32,
+            "capacity_factors": 1.0,
+        },
+        _qwenimage,
     ),
     "omnigen": Diffusion(
         "transformer_omnigen",
