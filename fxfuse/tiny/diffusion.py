@@ -15,12 +15,15 @@ from torch import nn
 from fxfuse.tiny.diffusion_flux import FLUX_LIKE
 from fxfuse.tiny.diffusion_images import IMAGES
 from fxfuse.tiny.diffusion_images_edit import EDITS
+from fxfuse.tiny.diffusion_kandinsky import KANDINSKY
 from fxfuse.tiny.diffusion_plain import PLAIN
 from fxfuse.tiny.diffusion_sounds import SOUNDS
 from fxfuse.tiny.diffusion_videos import VIDEOS
+from fxfuse.tiny.diffusion_wan import WAN_LIKE
+from fxfuse.tiny.diffusion_worlds import WORLDS
 from fxfuse.tiny.units import ROTARY, Unit
 
-ENTRIES = EDITS | FLUX_LIKE | IMAGES | PLAIN | SOUNDS | VIDEOS
+ENTRIES = EDITS | FLUX_LIKE | IMAGES | KANDINSKY | PLAIN | SOUNDS | VIDEOS | WAN_LIKE | WORLDS
 TABLE = {f"diffusers/{name}": entry for name, entry in sorted(ENTRIES.items())}
 FOLDER = "diffusers.models.transformers"
 

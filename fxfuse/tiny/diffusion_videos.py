@@ -5,26 +5,20 @@ In: nothing. Out: `VIDEOS`, by name.
 
 from __future__ import annotations
 
-import sys
-from types import SimpleNamespace
-from typing import Any
-
 import torch
-from torch.nn.functional import interpolate
 
 from fxfuse.tiny.diffusion_inputs import all_true, time, video
 from fxfuse.tiny.diffusion_unit import AXES, CHANNELS, HEADS, TEXT, TWO_LAYERS, Arguments, Diffusion
 from fxfuse.tiny.inputs import noise
 
-FILE = "diffusers.models.transformers"
-WAN: Arguments = {
+ALLEGRO: Arguments = {
     **TWO_LAYERS,
-    "patch_size": (1, 2, 2),
-    "text_dim": 16,
-    "freq_dim": 256,
-    "ffn_dim": 64,
-    "rope_max_seq_len": 32,
-    "cross_attn_norm": True,
+    "attention_head_dim": 24,  # channels of three axes, each in halves
+    "cross_attention_dim": 96,
+    "caption_channels": 16,
+    "sample_height": 8,
+    "sample_width": 8,
+    "sample_frames": 2,
 }
 COGVIDEO: Arguments = {
     **TWO_LAYERS,
@@ -59,6 +53,17 @@ HUNYUAN: Arguments = {
 }
 
 
+def _allegro() -> Arguments:
+    from diffusers.models.embeddings import get_3d_rotary_pos_embed_allegro
+
+    frames, side = 2, 4
+    area = ((0, 0), (side, side))
+    *tables, t, h, w = get_3d_rotary_pos_embed_allegro(24, area, (side, side), frames)
+    positions = torch.cartesian_prod(t.long(), h.long(), w.long()).T[:, None]
+    mask = torch.ones(1, TEXT)
+    return video(encoder_attention_mask=mask, image_rotary_emb=(tuple(tables), tuple(positions)))
+
+
 def _hunyuan() -> Arguments:
     return video(
         frames=1,
@@ -67,6 +72,22 @@ def _hunyuan() -> Arguments:
         encoder_attention_mask=torch.ones(1, TEXT),
         guidance=time(1000.0),
     )
+
+
+def _framepack() -> Arguments:
+    """One frame, and a history of seven that is kept at three resolutions."""
+    return {
+        **video(frames=1, pooled_projections=noise(1, 8), guidance=time(1000.0)),
+        "encoder_attention_mask": torch.ones(1, TEXT),
+        "image_embeds": noise(1, 3, 12),
+        "indices_latents": torch.tensor([7]),
+        "latents_clean": noise(1, 4, 1, 8, 8),
+        "indices_latents_clean": torch.tensor([6]),
+        "latents_history_2x": noise(1, 4, 2, 8, 8),
+        "indices_latents_history_2x": torch.tensor([4, 5]),
+        "latents_history_4x": noise(1, 4, 4, 8, 8),
+        "indices_latents_history_4x": torch.arange(4),
+    }
 
 
 def _hunyuan15() -> Arguments:
@@ -117,27 +138,6 @@ def _cogvideo() -> Arguments:
     }
 
 
-def _cosmos() -> Arguments:
-    file: Any = sys.modules[f"{FILE}.transformer_cosmos"]
-    if not hasattr(file, "transforms"):  # torchvision, needed for one resize only
-        nearest = SimpleNamespace(resize=lambda x, size, **_: interpolate(x, size=size))
-        modes = SimpleNamespace(NEAREST=None)
-        file.transforms = SimpleNamespace(functional=nearest, InterpolationMode=modes)
-    mask = torch.zeros(1, 1, 8, 8)
-    return video(frames=1, fps=30, padding_mask=mask, attention_mask=torch.ones(1, TEXT))
-
-
-def _kandinsky() -> Arguments:
-    return {
-        "hidden_states": noise(1, 1, 8, 8, 4),
-        "encoder_hidden_states": noise(1, TEXT, 16),
-        "timestep": time(),
-        "pooled_projections": noise(1, 8),
-        "visual_rope_pos": [torch.arange(1), torch.arange(4), torch.arange(4)],
-        "text_rope_pos": torch.arange(TEXT),
-    }
-
-
 def _audio() -> Arguments:
     return {
         "hidden_states": noise(1, 8, 16),
@@ -147,14 +147,28 @@ def _audio() -> Arguments:
     }
 
 
-def _anyflow() -> Arguments:
-    steps = {"timestep": torch.tensor([[10.0, 10.0]]), "r_timestep": torch.tensor([[5.0, 5.0]])}
-    return {**video(), "hidden_states": noise(1, 2, 4, 8, 8), **steps}
+def _minimax() -> Arguments:
+    """Tokens of text, of sound and of two frames of 2 x 2, in one sequence."""
+    text, sound, frames = torch.arange(4), torch.arange(4, 10), torch.arange(10, 18)
+    tags = torch.tensor([1] * 4 + [2] * 6 + [0] * 8)
+    positions = torch.arange(18.0)[:, None].repeat(1, 3)
+    positions[frames] = 10 + torch.cartesian_prod(*[torch.arange(2.0)] * 3)
+    return {
+        "hidden_states": noise(1, 8, 16),
+        "audio_hidden_states": noise(1, 6, 6),
+        "encoder_hidden_states": noise(1, 4, 16),
+        "timestep": torch.tensor([0.7, 0.3]),
+        "timestep_indices": (tags == 2).long(),
+        "token_tags": tags,
+        "position_ids": positions,
+        "video_indices": frames,
+        "audio_indices": sound,
+        "text_indices": text,
+    }
 
 
 VIDEOS: dict[str, Diffusion] = {
-    "anyflow": Diffusion("transformer_anyflow", "AnyFlowTransformer3DModel", WAN, _anyflow),
-    "chronoedit": Diffusion("transformer_chronoedit", "ChronoEditTransformer3DModel", WAN, video),
+    "allegro": Diffusion("transformer_allegro", "AllegroTransformer3DModel", ALLEGRO, _allegro),
     "cogvideox": Diffusion(
         "cogvideox_transformer_3d", "CogVideoXTransformer3DModel", COGVIDEO, _cogvideo
     ),
@@ -164,23 +178,38 @@ VIDEOS: dict[str, Diffusion] = {
         {**COGVIDEO, "is_train_face": False},
         _cogvideo,
     ),
-    "cosmos": Diffusion(
-        "transformer_cosmos",
-        "CosmosTransformer3DModel",
+    "easyanimate": Diffusion(
+        "transformer_easyanimate",
+        "EasyAnimateTransformer3DModel",
         {
             **TWO_LAYERS,
-            "mlp_ratio": 2,
+            "mmdit_layers": 1,
+            "patch_size": 2,
+            "time_embed_dim": 8,
             "text_embed_dim": 16,
-            "adaln_lora_dim": 4,
-            "max_size": (4, 32, 32),
         },
-        _cosmos,
+        video,
     ),
     "hunyuan_video": Diffusion(
         "transformer_hunyuan_video",
         "HunyuanVideoTransformer3DModel",
         {**HUNYUAN, "num_layers": 1, "num_single_layers": 1, "pooled_projection_dim": 8},
         _hunyuan,
+    ),
+    "hunyuan_video_framepack": Diffusion(
+        "transformer_hunyuan_video_framepack",
+        "HunyuanVideoFramepackTransformer3DModel",
+        {
+            **HUNYUAN,
+            "num_layers": 1,
+            "num_single_layers": 1,
+            "patch_size": 2,
+            "pooled_projection_dim": 8,
+            "image_proj_dim": 12,
+            "has_image_proj": True,
+            "has_clean_x_embedder": True,
+        },
+        _framepack,
     ),
     "hunyuan_video15": Diffusion(
         "transformer_hunyuan_video15",
@@ -209,29 +238,29 @@ VIDEOS: dict[str, Diffusion] = {
         },
         video,
     ),
-    "kandinsky5": Diffusion(
-        "transformer_kandinsky",
-        "Kandinsky5Transformer3DModel",
-        {
-            "in_visual_dim": 4,
-            "in_text_dim": 16,
-            "in_text_dim2": 8,
-            "time_dim": 32,
-            "out_visual_dim": 4,
-            "patch_size": (1, 2, 2),
-            "model_dim": 128,
-            "ff_dim": 128,
-            "num_text_blocks": 1,
-            "num_visual_blocks": 1,
-            "axes_dims": AXES,
-        },
-        _kandinsky,
-        rounds="bfloat16",
-    ),
     "ltx": Diffusion("transformer_ltx", "LTXVideoTransformer3DModel", LTX, _ltx),
     "ltx2": Diffusion("transformer_ltx2", "LTX2VideoTransformer3DModel", LTX2, _ltx2),
     "ltx2_split": Diffusion(
         "transformer_ltx2", "LTX2VideoTransformer3DModel", {**LTX2, "rope_type": "split"}, _ltx2
+    ),
+    "minimax_h3": Diffusion(
+        "transformer_minimax_h3",
+        "MiniMaxH3Transformer3DModel",
+        {
+            **HEADS,
+            "hidden_size": 96,
+            "num_layers": 2,
+            "num_refiner_layers": 1,
+            "ffn_dim": 64,
+            "in_channels": 4,
+            "audio_in_channels": 6,
+            "text_dim": 16,
+            "freq_dim": 16,
+            "time_embed_hidden_dim": 32,
+            "time_embed_dim": 16,
+            "rope_freq_dim": 4,
+        },
+        _minimax,
     ),
     "mochi": Diffusion(
         "transformer_mochi",
@@ -286,7 +315,6 @@ VIDEOS: dict[str, Diffusion] = {
         },
         lambda: video(width=8),
     ),
-    "skyreels_v2": Diffusion("transformer_skyreels_v2", "SkyReelsV2Transformer3DModel", WAN, video),
     "stable_audio3": Diffusion(
         "transformer_stable_audio3",
         "StableAudio3DiTModel",
@@ -301,12 +329,5 @@ VIDEOS: dict[str, Diffusion] = {
             "num_memory_tokens": 4,
         },
         _audio,
-    ),
-    "wan": Diffusion("transformer_wan", "WanTransformer3DModel", WAN, video),
-    "wan_vace": Diffusion(
-        "transformer_wan_vace",
-        "WanVACETransformer3DModel",
-        {**WAN, "vace_layers": [0], "vace_in_channels": 8},
-        lambda: video(control_hidden_states=noise(1, 8, 2, 8, 8)),
     ),
 }
