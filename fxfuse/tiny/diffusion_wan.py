@@ -20,7 +20,7 @@ WAN: Arguments = {
     "rope_max_seq_len": 32,
     "cross_attn_norm": True,
 }
-FAR: Arguments = {**WAN, "compressed_patch_size": (1, 4, 4), "full_chunk_limit": 3}
+FAR: Arguments = {**WAN, "compressed_patch_size": (1, 4, 4), "full_chunk_limit": 2}
 FAR.pop("patch_size")
 HELIOS: Arguments = {**WAN, "rope_dim": AXES}
 HELIOS.pop("rope_max_seq_len")
@@ -57,14 +57,22 @@ def _anyflow() -> Arguments:
     return {**video(), "hidden_states": noise(1, 2, 4, 8, 8), **steps}
 
 
-def _anyflow_far() -> Arguments:
+def _anyflow_far(frames: int = 4) -> Arguments:
+    """The last frames of three chunks, of which the first has coarser patches."""
     return {
         **video(),
-        "hidden_states": noise(1, 4, 4, 8, 8),
-        "timestep": torch.full((1, 4), 10.0),
-        "r_timestep": torch.full((1, 4), 5.0),
-        "chunk_partition": [2, 2],
+        "hidden_states": noise(1, frames, 4, 8, 8),
+        "timestep": torch.full((1, frames), 10.0),
+        "r_timestep": torch.full((1, frames), 5.0),
+        "chunk_partition": [1, 1, 2],
     }
+
+
+def _anyflow_far_cached() -> Arguments:
+    """The last chunk, which attends to the keys of the others; those are kept unrotated."""
+    kept = {"compressed_cache": noise(2, 1, 4, 4, 32), "full_cache": noise(2, 1, 4, 16, 32)}
+    flags = {"is_cache_step": False, "num_cached_chunks": 2}
+    return {**_anyflow_far(2), "kv_cache": [kept, kept], "kv_cache_flag": flags}
 
 
 def _helios() -> Arguments:
@@ -122,6 +130,9 @@ WAN_LIKE: dict[str, Diffusion] = {
     "anyflow": Diffusion("transformer_anyflow", "AnyFlowTransformer3DModel", WAN, _anyflow),
     "anyflow_far": Diffusion(
         "transformer_anyflow_far", "AnyFlowFARTransformer3DModel", FAR, _anyflow_far
+    ),
+    "anyflow_far_cached": Diffusion(
+        "transformer_anyflow_far", "AnyFlowFARTransformer3DModel", FAR, _anyflow_far_cached
     ),
     "chronoedit": Diffusion("transformer_chronoedit", "ChronoEditTransformer3DModel", WAN, video),
     "helios": Diffusion("transformer_helios", "HeliosTransformer3DModel", HELIOS, _helios),

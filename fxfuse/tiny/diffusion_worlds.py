@@ -18,6 +18,18 @@ from fxfuse.tiny.diffusion_videos import LTX2
 from fxfuse.tiny.inputs import ids, noise
 
 FILE = "diffusers.models.transformers"
+COSMOS3: Arguments = {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "latent_channel": 4,
+    "patch_latent_dim": 16,
+    "rope_axes_dim": (6, 5, 5),
+    "vocab_size": 32,
+}
 SANA: Arguments = {
     "in_channels": 4,
     "num_layers": 2,
@@ -77,13 +89,14 @@ def _sana_wm() -> Arguments:
     }
 
 
-def _refined_positions(kind: str) -> Any:
-    """Tables for two frames of 4 x 4; heads are joined where channels interleave."""
+def _tables(kind: str, first: int, frames: int) -> Any:
+    """Tables for frames of 4 x 4; where channels interleave these are of all heads together."""
     file: Any = sys.modules[f"{FILE}.transformer_sana_wm_refiner"]
     rope = file.SanaWMLTX2AudioVideoRotaryPosEmbed(
         dim=128, double_precision=False, rope_type=kind, num_attention_heads=4
     )
-    return rope(rope.prepare_video_coords(1, 2, 4, 4, device="cpu", fps=24.0), device="cpu")
+    coords = rope.prepare_video_coords(1, first + frames, 4, 4, device="cpu", fps=24.0)
+    return rope(coords[:, :, 16 * first :], device="cpu")
 
 
 def _refiner(kind: str) -> Arguments:
@@ -91,9 +104,22 @@ def _refiner(kind: str) -> Arguments:
         "hidden_states": noise(1, 32, 4),
         "encoder_hidden_states": noise(1, TEXT, 16),
         "timestep": torch.full((1, 32), 500.0),
-        "video_rotary_emb": _refined_positions(kind),
+        "video_rotary_emb": _tables(kind, first=0, frames=2),
         "encoder_attention_mask": torch.ones(1, TEXT),
     }
+
+
+def _refiner_cached() -> Arguments:
+    """Two frames that attend to the keys of a third, unrotated, and of a fourth, rotated."""
+    file: Any = sys.modules[f"{FILE}.transformer_sana_wm_refiner"]
+    cache = file.SanaWMRefinerKVCache(2)
+    cache.sink_pe = _tables("interleaved", first=0, frames=1)
+    for layer in cache.layer_caches:
+        layer.store_sink(noise(1, 16, 128), noise(1, 16, 128, seed=6))
+        layer.store_history(noise(1, 16, 128, seed=7), noise(1, 16, 128, seed=8))
+    tables = _tables("interleaved", first=2, frames=2)
+    kept = {"kv_cache": cache, "kv_cache_mode": "inject"}
+    return {**_refiner("interleaved"), "video_rotary_emb": tables, **kept}
 
 
 WORLDS: dict[str, Diffusion] = {
@@ -112,17 +138,17 @@ WORLDS: dict[str, Diffusion] = {
     "cosmos3": Diffusion(
         "transformer_cosmos3",
         "Cosmos3OmniTransformer",
+        COSMOS3,
+        _cosmos3,
+    ),
+    "cosmos3_edge": Diffusion(
+        "transformer_cosmos3",
+        "Cosmos3OmniTransformer",
         {
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 32,
-            "hidden_size": 64,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "latent_channel": 4,
-            "patch_latent_dim": 16,
-            "rope_axes_dim": (6, 5, 5),
-            "vocab_size": 32,
+            **COSMOS3,
+            "hidden_act": "relu2",
+            "qk_norm_for_text": False,
+            "use_und_k_norm_for_gen": True,
         },
         _cosmos3,
     ),
@@ -132,6 +158,12 @@ WORLDS: dict[str, Diffusion] = {
         "SanaWMLTX2RefinerTransformer3DModel",
         LTX2,
         lambda: _refiner("interleaved"),
+    ),
+    "sana_wm_refiner_cached": Diffusion(
+        "transformer_sana_wm_refiner",
+        "SanaWMLTX2RefinerTransformer3DModel",
+        LTX2,
+        _refiner_cached,
     ),
     "sana_wm_refiner_split": Diffusion(
         "transformer_sana_wm_refiner",
