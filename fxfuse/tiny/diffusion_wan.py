@@ -11,19 +11,17 @@ from fxfuse.tiny.diffusion_inputs import video
 from fxfuse.tiny.diffusion_unit import AXES, TEXT, TWO_LAYERS, Arguments, Diffusion
 from fxfuse.tiny.inputs import noise
 
-WAN: Arguments = {
+BLOCKS: Arguments = {
     **TWO_LAYERS,
     "patch_size": (1, 2, 2),
     "text_dim": 16,
     "freq_dim": 256,
     "ffn_dim": 64,
-    "rope_max_seq_len": 32,
     "cross_attn_norm": True,
 }
+WAN: Arguments = {**BLOCKS, "rope_max_seq_len": 32}
 FAR: Arguments = {**WAN, "compressed_patch_size": (1, 4, 4), "full_chunk_limit": 2}
-FAR.pop("patch_size")
-HELIOS: Arguments = {**WAN, "rope_dim": AXES}
-HELIOS.pop("rope_max_seq_len")
+HELIOS: Arguments = {**BLOCKS, "rope_dim": AXES}
 ANIMATE: Arguments = {
     **WAN,
     "in_channels": 12,
