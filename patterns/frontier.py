@@ -27,6 +27,7 @@ from fxfuse.patterns.value import Atom, Kind, Leaf, Value
 from fxfuse.slots import Call, Scalar, Slot, slots_of
 
 aten = torch.ops.aten
+COPIES = (aten.clone.default, aten.contiguous.default)
 log = logging.getLogger(__name__)
 
 
@@ -141,25 +142,26 @@ class Frontier:
 
     def _computes(self, call: Call) -> bool:
         """Whether a call's result is a stream's end: no view, but for the one that merges pairs
-        into channels, as the flatten after a stack or after view_as_real. Pairs that others read
-        as well are themselves the end.
+        into channels, as the flatten after a stack or after view_as_real. What others read as well
+        is itself the end, and not a copy of it.
         """
-        if self.reading.relations[call] != "view":
-            return True
-        if not self._alone_reads(call):
+        is_view = self.reading.relations[call] == "view"
+        if (is_view or call.op in COPIES) and not self._alone_reads(call):
             return False
+        if not is_view:
+            return True
         x, y = self.reading.values[call.inputs()[0]].dims, self.reading.values[call.outs[0]].dims
         if len(x) < 2 or not y or x[-1] == y[-1] or x[:-2] != y[:-1]:
             return False
         return y[-1] == (*x[-2], *x[-1])
 
-    def _alone_reads(self, view: Call) -> bool:
-        """Whether what a view sees, through other views too, has no other reader."""
-        views = self.reading.views_of(view.outs[0])
-        slots = [v.inputs()[0] for v in views]
+    def _alone_reads(self, call: Call) -> bool:
+        """Whether what a view or a copy sees, through views too, has no other reader."""
+        readers = (call, *self.reading.views_of(call.inputs()[0]))
         return all(
             slot not in self.uses.returned and self.uses.consumers[slot] == [reader]
-            for slot, reader in zip(slots, views, strict=True)
+            for reader in readers
+            for slot in reader.inputs()[:1]
         )
 
     def _parts_rows(self, call: Call) -> bool:
