@@ -28,7 +28,7 @@ def _fresh() -> None:
 
 
 class Looked(nn.Module):
-    """q and k [B, H, T, D] turned by rows of a table [N, 2 D] that `take` gives."""
+    """q and k [B, H, T, D] turned by rows that `take` gives of a table [N, 2 D]."""
 
     def __init__(self, take: Take, layers: int = 1, tokens: int = T) -> None:
         super().__init__()
@@ -38,8 +38,9 @@ class Looked(nn.Module):
         angles = torch.randn(N, D // 2, generator=generator).repeat(1, 2)
         self.register_buffer("table", torch.cat([angles.cos(), angles.sin()], -1))
 
-    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
-        cos, sin = self.take(self.table, positions).chunk(2, -1)
+    def forward(self, x: Tensor, positions: Tensor, table: Tensor | None = None) -> Tensor:
+        rows = self.take(self.table if table is None else table, positions)
+        cos, sin = rows.chunk(2, -1)
         cos, sin = (t.reshape(-1, 1, self.tokens, D) for t in (cos, sin))
         for _ in range(self.layers):
             y = self.project(x).unflatten(-1, (-1, D)).transpose(1, 2)
@@ -49,13 +50,15 @@ class Looked(nn.Module):
         return out
 
 
-def stages(toy: Looked, positions: Tensor, compiler: str = "eager") -> list[str]:
+def stages(
+    toy: Looked, positions: Tensor, compiler: str = "eager", given: tuple[Tensor, ...] = ()
+) -> list[str]:
     """The stages of a toy's sites; the result must be eager's."""
     x = torch.randn(B, toy.tokens, 8, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        want = toy(x, positions.clone())
+        want = toy(x, positions.clone(), *given)
         backend = fxfuse.Backend(compiler=compiler)
-        got = torch.compile(toy, backend=backend)(x, positions.clone())
+        got = torch.compile(toy, backend=backend)(x, positions.clone(), *given)
     assert_like(got, want)
     return [stage for fused in fxfuse.last_report().fused for stage in fused.stages]
 
@@ -77,6 +80,13 @@ TAKES: dict[str, tuple[Take, Tensor]] = {
 def test_the_op_looks_up_what_it_alone_reads(name: str) -> None:
     take, positions = TAKES[name]
     assert "rope(by position)" in stages(Looked(take), positions)
+
+
+@pytest.mark.parametrize("name", TAKES)
+def test_a_table_that_is_an_argument_of_the_model_is_one_too(name: str) -> None:
+    take, positions = TAKES[name]
+    toy = Looked(take)
+    assert "rope(by position)" in stages(toy, positions, given=(toy.table.flip(0).clone(),))
 
 
 def test_of_one_token_too() -> None:
