@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fxfuse
+from fxfuse.passes import fuse_graph
+from fxfuse.settings import Settings
 from tests.spellings import rsqrt
 from tests.toys import (
     SLOTS,
@@ -62,6 +64,32 @@ def test_views_of_q_before_the_store_move_behind_it() -> None:
         return by_index_copy(q, k, v, *memory), grouped.sum(1)
 
     assert stages(check(finish)) == ["store(k,v)"]
+
+
+@pytest.mark.parametrize("part", [slice(None), slice(0, 2)], ids=["whole", "rows"])
+def test_a_copy_that_is_kept_is_none_that_is_rotated_again(part: slice) -> None:
+    """One op, and a copy of its result where it stands: not a site of its own at the end."""
+
+    def finish(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        kept = k[:, :, part].clone()
+        return attend(q, k, v), kept, q.clone()
+
+    assert len(check(finish, lambda: []).fused) == 1
+
+
+@torch.no_grad()
+def test_a_copy_that_attention_alone_reads_is_made_by_the_op() -> None:
+    seen: list[Any] = []
+
+    def backend(gm: Any, inputs: Any) -> Any:
+        fused, report = fuse_graph(gm, Settings())
+        seen.append((len(report.fused), {node.target for node in fused.graph.nodes}))
+        return fused
+
+    layer = Layer(lambda q, k, v: attend(q.clone(), k.contiguous(), v))
+    assert_like(torch.compile(layer, backend=backend)(hidden_states(T)), layer(hidden_states(T)))
+    ((count, targets),) = seen
+    assert count == 1 and not {"clone", "contiguous"} & targets
 
 
 def test_a_result_used_before_the_store_keeps_the_store_behind() -> None:
