@@ -158,10 +158,10 @@ class Frontier:
     def _alone_reads(self, call: Call) -> bool:
         """Whether what a view or a copy sees, through views too, has no other reader."""
         readers = (call, *self.reading.views_of(call.inputs()[0]))
+        seen = [(reader, reader.inputs()[0]) for reader in readers]
         return all(
             slot not in self.uses.returned and self.uses.consumers[slot] == [reader]
-            for reader in readers
-            for slot in reader.inputs()[:1]
+            for reader, slot in seen
         )
 
     def _parts_rows(self, call: Call) -> bool:

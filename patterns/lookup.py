@@ -11,8 +11,8 @@ that several sites read is looked up once for all of them, by the graph.
 import dataclasses
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import fx
@@ -20,6 +20,7 @@ from torch import fx
 from fxfuse.patterns import shapes
 from fxfuse.patterns.access import Refused
 from fxfuse.patterns.atoms import flatten_explicit
+from fxfuse.patterns.gathers import gathered
 from fxfuse.patterns.memory import Memory
 from fxfuse.patterns.prove import Disproved
 from fxfuse.patterns.prove_lookup import Looked, prove_lookup
@@ -33,25 +34,6 @@ from fxfuse.slots import Call, Slot
 
 log = logging.getLogger(__name__)
 aten = torch.ops.aten
-
-# Table and positions of a call that takes rows of a table, None where it takes something else.
-Read: TypeAlias = Callable[..., "tuple[Slot, Slot] | None"]
-
-
-def _indexed(table: Slot, indices: Sequence[Any]) -> tuple[Slot, Slot] | None:
-    return (table, indices[0]) if len(indices) == 1 and isinstance(indices[0], Slot) else None
-
-
-def _embedded(a: Slot, b: Slot, *_: Any) -> tuple[Slot, Slot]:
-    """F.embedding has the index first, aten.embedding the table."""
-    return (b, a) if b.dtype.is_floating_point else (a, b)
-
-
-LOOKUPS: dict[Any, Read] = {
-    aten.index.Tensor: _indexed,
-    aten.index_select.default: lambda table, dim, index: (table, index) if dim == 0 else None,
-    aten.embedding.default: _embedded,
-}
 
 
 def with_lookups(
@@ -156,14 +138,14 @@ def looked(
         raise Opaque("no table that the graph makes")
     if leaf.version != reading.versions_at(leaf.slot.call, leaf.slot.storage):
         raise Opaque("a table that is written behind its lookup")
-    value = rearranged(leaf.slot, reading, lambda call: _operands(call) is not None)
+    value = rearranged(leaf.slot, reading, lambda call: gathered(call) is not None)
     row_steps = access.steps
     if row_steps[:1] and row_steps[0][0] == "permute":
         # Channels may stand in front of the rows.
         value, row_steps = shapes.permute(value, row_steps[0][1]), row_steps[1:]
     rows, places, axis = rows_and_places(value)
     call = rows.leaf.slot.call
-    found = _operands(call)
+    found = gathered(call)
     assert found is not None
     (table, reader), positions = memory_of(found[0], call, reading), found[1]
     whole = len(table.shape) == 2 and isinstance(table.shape[0], int)
@@ -205,12 +187,6 @@ def memory_of(table: Slot, reader: Call, reading: Reading) -> tuple[Slot, Call]:
             raise Opaque("a table that the graph computes")
         (held,) = held.call.inputs()
     return table, reader
-
-
-def _operands(call: Call) -> tuple[Slot, Slot] | None:
-    """Table and positions of a lookup; None of another call."""
-    read = LOOKUPS.get(call.op)
-    return read(*call.args) if read is not None and not call.kwargs else None
 
 
 def _leaf(like: Leaf, slot: Slot) -> Leaf:

@@ -5,16 +5,12 @@ and row scale by what they depend on and how they vary.
 import dataclasses
 from collections.abc import Sequence
 
-import torch
-
 from fxfuse.patterns.access import Refused
+from fxfuse.patterns.gathers import gathered
 from fxfuse.patterns.norms import before_centring, is_centred, real, rows_of
 from fxfuse.patterns.rotation import Entry
 from fxfuse.patterns.value import Atom, Factor, Index, Kind, Leaf, Value, is_statistic
 from fxfuse.slots import Slot
-
-aten = torch.ops.aten
-GATHERS = frozenset({aten.index.Tensor, aten.index_select.default, aten.embedding.default})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,9 +125,8 @@ def _is_given(leaf: Leaf) -> bool:
     own, or rows that are taken of one by position.
     """
     slot = leaf.slot
-    while isinstance(slot, Slot) and slot.call is not None and slot.call.op in GATHERS:
-        tables = [s for s in slot.call.inputs() if s.dtype.is_floating_point or s.dtype.is_complex]
-        slot = tables[0] if tables else None
+    while isinstance(slot, Slot) and slot.call is not None and (taken := gathered(slot.call)):
+        slot, _ = taken
     return isinstance(slot, Slot) and slot.call is None
 
 
