@@ -153,11 +153,11 @@ def sites_on_the_kernel(start: int, examples: int, until: float = math.inf) -> i
     return checked
 
 
-on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm GPU")
+ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm GPU")
 
 
 @pytest.mark.cuda
-@on_gpu
+@ON_GPU
 @pytest.mark.parametrize("part", range(15))
 def test_the_kernel_is_no_less_exact_than_the_plain_path(part: int) -> None:
     """4 sites of 40 calls each, so that 15 workers have 2,400."""
@@ -166,7 +166,7 @@ def test_the_kernel_is_no_less_exact_than_the_plain_path(part: int) -> None:
 
 @pytest.mark.cuda
 @pytest.mark.long
-@on_gpu
+@ON_GPU
 @pytest.mark.parametrize("part", range(11))
 def test_five_minutes_of_sites_on_the_kernel(part: int) -> None:
     """55 minutes for one worker; what each has checked is printed."""

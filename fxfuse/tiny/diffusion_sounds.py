@@ -55,6 +55,15 @@ def _stable_audio() -> Arguments:
     }
 
 
+def _stable_audio3() -> Arguments:
+    return {
+        "hidden_states": noise(1, 8, 16),
+        "timestep": time(0.5),
+        "encoder_hidden_states": noise(1, TEXT, 16),
+        "global_hidden_states": noise(1, 16),
+    }
+
+
 SOUNDS: dict[str, Diffusion] = {
     "ace_step": Diffusion(
         "ace_step_transformer",
@@ -106,5 +115,20 @@ SOUNDS: dict[str, Diffusion] = {
             "cross_attention_input_dim": 16,
         },
         _stable_audio,
+    ),
+    "stable_audio3": Diffusion(
+        "transformer_stable_audio3",
+        "StableAudio3DiTModel",
+        {
+            "io_channels": 8,
+            "embed_dim": 128,
+            "depth": 2,
+            "num_heads": 2,
+            "cond_token_dim": 16,
+            "global_cond_dim": 16,
+            "local_add_cond_dim": 9,
+            "num_memory_tokens": 4,
+        },
+        _stable_audio3,
     ),
 }

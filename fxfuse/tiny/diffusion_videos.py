@@ -1,4 +1,4 @@
-"""Video models of diffusers, and one of sound: tiny sizes and inputs.
+"""Video models of diffusers: tiny sizes and inputs.
 
 In: nothing. Out: `VIDEOS`, by name.
 """
@@ -135,15 +135,6 @@ def _cogvideo() -> Arguments:
         "encoder_hidden_states": noise(1, TEXT, 8),
         "timestep": torch.tensor([10]),
         "image_rotary_emb": get_3d_rotary_pos_embed(32, area, (side, side), frames, device="cpu"),
-    }
-
-
-def _audio() -> Arguments:
-    return {
-        "hidden_states": noise(1, 8, 16),
-        "timestep": time(0.5),
-        "encoder_hidden_states": noise(1, TEXT, 16),
-        "global_hidden_states": noise(1, 16),
     }
 
 
@@ -314,20 +305,5 @@ VIDEOS: dict[str, Diffusion] = {
             "rope_max_seq_len": 32,
         },
         lambda: video(width=8),
-    ),
-    "stable_audio3": Diffusion(
-        "transformer_stable_audio3",
-        "StableAudio3DiTModel",
-        {
-            "io_channels": 8,
-            "embed_dim": 128,
-            "depth": 2,
-            "num_heads": 2,
-            "cond_token_dim": 16,
-            "global_cond_dim": 16,
-            "local_add_cond_dim": 9,
-            "num_memory_tokens": 4,
-        },
-        _audio,
     ),
 }
