@@ -38,8 +38,10 @@ class Rule:
 
 MANY = float("inf")
 
-# Measured on an H200 for q, k, v of 16/8 to 64/8 heads in one batch row, by no rule that we found;
-# the default of other targets too. Of many rows a thread loads 16 bytes at once.
+# Measured on an H200 for q, k, v of 16/8 to 64/8 heads in one batch row; the default of other
+# targets too. Of many rows a row's elements lie on a warp's threads as a table's do, where
+# tokens * run = 256 * warps, but for halves of 64 channels, where fewer elements a thread were
+# faster. Of few rows what was fastest, by no rule that we found.
 HOPPER = (
     Rule(2048, 32, Tile(1, 4, 4)),
     Rule(MANY, 32, Tile(8, 2, 1)),
