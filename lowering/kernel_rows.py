@@ -126,28 +126,31 @@ def less(b, mean, LENGTH: tl.constexpr):
 
 
 @triton.jit
-def normalise(row, weight, bias, eps, STREAM: tl.constexpr, ROW: tl.constexpr):
-    """x * factor(mean(x * x), eps) * (weight + offset) + bias; layer takes the row's mean off."""
+def factor_of(row, eps, STREAM: tl.constexpr, ROW: tl.constexpr):
+    """1 / rms, or what else a norm multiplies rows by, [tokens, heads, 1]."""
     first, second, low, high = row
-    if STREAM[4] == 3:
-        mean = row_sum(first, second, low, high, ROW) / STREAM[2]
-        first, second = less(first, mean, ROW[0]), less(second, mean, ROW[0])
-        low, high = less(low, mean, ROW[11]), less(high, mean, ROW[14])
-    if STREAM[4] > 0:
-        squares = row_sum(first * first, second * second, low * low, high * high, ROW)
-        # Inductor hands eps over as float64; in its analysis it is a Python float without .to().
-        small = tl.cast(eps, tl.float32)
-        if STREAM[4] == 2:
-            r = 1.0 / tl.maximum(tl.sqrt(squares / STREAM[2]), small)
-        else:
-            r = tl.rsqrt(squares / STREAM[2] + small)
-        first, second, low, high = scaled((first, second, low, high), r)
+    squares = row_sum(first * first, second * second, low * low, high * high, ROW)
+    # Inductor hands eps over as float64; in its analysis it is a Python float without .to().
+    small = tl.cast(eps, tl.float32)
+    if STREAM[4] == 2:
+        r = 1.0 / tl.maximum(tl.sqrt(squares / STREAM[2]), small)
+    else:
+        r = tl.rsqrt(squares / STREAM[2] + small)
+    return r
+
+
+@triton.jit
+def weighted(row, weight, bias, SHIFT: tl.constexpr, STREAM: tl.constexpr):
+    """x * ((weight + offset) * SHIFT) + bias."""
+    first, second, low, high = row
     if STREAM[5] > 0:
         w_first, w_second, w_low, w_high = weight
         if STREAM[6] != 0.0:
             OFFSET: tl.constexpr = STREAM[6]
             w_first, w_second = w_first + OFFSET, w_second + OFFSET
             w_low, w_high = w_low + OFFSET, w_high + OFFSET
+        if SHIFT != 1.0:
+            w_first, w_second, w_low, w_high = scaled((w_first, w_second, w_low, w_high), SHIFT)
         first, second, low, high = first * w_first, second * w_second, low * w_low, high * w_high
     if STREAM[10] > 0:
         b_first, b_second, b_low, b_high = bias
@@ -156,12 +159,28 @@ def normalise(row, weight, bias, eps, STREAM: tl.constexpr, ROW: tl.constexpr):
 
 
 @triton.jit
-def load_weight(ptr, like, o_h, m_h, DIMS: tl.constexpr, STREAM: tl.constexpr, ROW: tl.constexpr):
+def normalise(row, weight, bias, eps, STREAM: tl.constexpr, ROW: tl.constexpr):
+    """x * factor(mean(x * x), eps) * (weight + offset) + bias; layer takes the row's mean off."""
+    if STREAM[4] == 3:
+        first, second, low, high = row
+        mean = row_sum(first, second, low, high, ROW) / STREAM[2]
+        first, second = less(first, mean, ROW[0]), less(second, mean, ROW[0])
+        row = first, second, less(low, mean, ROW[11]), less(high, mean, ROW[14])
+    if STREAM[4] > 0:
+        row = scaled(row, factor_of(row, eps, STREAM, ROW))
+    return weighted(row, weight, bias, 1.0, STREAM)
+
+
+@triton.jit
+def load_weight(
+    ptr, o_h, m_h, DIMS: tl.constexpr, STREAM: tl.constexpr, ROW: tl.constexpr,
+    TOKENS: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
     """The four blocks of a weight [D] or [H, D], in the order of the rows that it meets."""
     if DIMS == 1:
         # In the shape whose layout in registers is that of the tile: moving it would cost more.
-        TOKENS: tl.constexpr = like.shape[0]
-        o_1 = tl.zeros([TOKENS, like.shape[1] if TOKENS == 1 else 1, 1], tl.int64)
+        HEADS: tl.constexpr = o_h.shape[1] if TOKENS == 1 or AHEAD else 1
+        o_1 = tl.zeros([TOKENS, HEADS, 1], tl.int64)
         row = load_row(ptr + o_1, o_1 == 0, 1, STREAM[3] - 1, ROW)
     else:
         row = load_row(ptr + o_h * STREAM[2], m_h, 1, STREAM[3] - 1, ROW)
@@ -169,22 +188,31 @@ def load_weight(ptr, like, o_h, m_h, DIMS: tl.constexpr, STREAM: tl.constexpr, R
 
 
 @triton.jit
-def row_of(
-    x_ptr, w_ptr, b_ptr, scale_ptr, turn, o_h, m_h, m_t, stride_c, eps,
-    STREAM: tl.constexpr, ROW: tl.constexpr, LOOKUP: tl.constexpr, AXES: tl.constexpr,
+def load_weights(
+    w_ptr, b_ptr, o_h, m_h, STREAM: tl.constexpr, ROW: tl.constexpr,
+    TOKENS: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """The four blocks of scale * rope(norm(x)), or of scale * norm(rope(x)); turn = pointer and
-    strides of cos, of sin, and positions. What depends on these is asked for last.
-    """
-    PAIRS: tl.constexpr = ROW[0]
-    row = load_row(x_ptr, m_t & m_h, stride_c, 0, ROW)
-    weight, bias = row, row
+    """Weight and bias, where the stream has them."""
+    weight, bias = 0.0, 0.0
     if STREAM[5] > 0:
-        weight = load_weight(w_ptr, row[0], o_h, m_h, STREAM[5], STREAM, ROW)
+        weight = load_weight(w_ptr, o_h, m_h, STREAM[5], STREAM, ROW, TOKENS, AHEAD)
     if STREAM[10] > 0:
-        bias = load_weight(b_ptr, row[0], o_h, m_h, STREAM[10], STREAM, ROW)
-    if PAIRS > 0:
+        bias = load_weight(b_ptr, o_h, m_h, STREAM[10], STREAM, ROW, TOKENS, AHEAD)
+    return weight, bias
+
+
+@triton.jit
+def load_tables(
+    turn, o_h, m_t, ROW: tl.constexpr, LOOKUP: tl.constexpr, AXES: tl.constexpr,
+    AHEAD: tl.constexpr,
+):  # fmt: skip
+    """cos of both members of the pairs, and sin, where rows are rotated."""
+    tables = 0.0, 0.0, 0.0, 0.0
+    if ROW[0] > 0:
         cos_ptr, s_cos, sin_ptr, s_sin, positions = turn
+        if AHEAD:
+            over = tl.zeros([1, o_h.shape[1], 1], tl.int64)
+            cos_ptr, sin_ptr, m_t = cos_ptr + over, sin_ptr + over, m_t & (over == 0)
         cos, cos_2 = load_table(
             cos_ptr, positions, m_t, s_cos[1], s_cos[2],
             ROW[18], ROW[19], ROW[20], ROW, LOOKUP, AXES,
@@ -193,14 +221,49 @@ def row_of(
             sin_ptr, positions, m_t, s_sin[1], s_sin[2],
             ROW[21], ROW[22], ROW[23], ROW, LOOKUP, AXES,
         )  # fmt: skip
+        tables = cos, cos_2, sin, sin_2
+    return tables
+
+
+@triton.jit
+def row_of(
+    x_ptr, w_ptr, b_ptr, scale_ptr, turn, o_h, m_h, m_t, stride_c, eps,
+    STREAM: tl.constexpr, ROW: tl.constexpr, LOOKUP: tl.constexpr, AXES: tl.constexpr,
+    AHEAD: tl.constexpr,
+):  # fmt: skip
+    """The four blocks of scale * rope(norm(x)), or of scale * norm(rope(x)); turn = pointer and
+    strides of cos, of sin, and positions. What depends on positions is asked for last.
+
+    AHEAD: tables and weights are asked for in front of x, or the compiler asks for some when x is
+    there; 1 / rms, which is known last, is multiplied last.
+    """
+    TOKENS: tl.constexpr = m_t.shape[0]
+    FIRST: tl.constexpr = AHEAD and LOOKUP == 0
+    LAST: tl.constexpr = (
+        AHEAD and STREAM[3] == 1 and STREAM[4] == 1 and STREAM[5] > 0 and STREAM[10] == 0
+    )
+    if FIRST:
+        tables = load_tables(turn, o_h, m_t, ROW, LOOKUP, AXES, AHEAD)
+        weight, bias = load_weights(w_ptr, b_ptr, o_h, m_h, STREAM, ROW, TOKENS, AHEAD)
+    row = load_row(x_ptr, m_t & m_h, stride_c, 0, ROW)
+    if not FIRST:
+        weight, bias = load_weights(w_ptr, b_ptr, o_h, m_h, STREAM, ROW, TOKENS, AHEAD)
+        tables = load_tables(turn, o_h, m_t, ROW, LOOKUP, AXES, AHEAD)
     if STREAM[7]:
         scale = tl.load(scale_ptr, mask=m_t & m_h, other=0.0).to(tl.float32)
-    if STREAM[3] == 1:
+    if LAST:
+        # Where squares are no float32, 1 / rms is 0: x * weight has to be one, to become 0 by it.
+        r = factor_of(row, eps, STREAM, ROW) * 65536.0
+        row = weighted(row, weight, bias, 1 / 65536.0, STREAM)
+    elif STREAM[3] == 1:
         row = normalise(row, weight, bias, eps, STREAM, ROW)
-    if PAIRS > 0:
+    if ROW[0] > 0:
+        cos, cos_2, sin, sin_2 = tables
         first, second, low, high = row
         turned = first * cos + ROW[7] * second * sin
         row = turned, second * cos_2 + ROW[8] * first * sin_2, low, high
+    if LAST:
+        row = scaled(row, r)
     if STREAM[3] == 2:
         row = normalise(row, weight, bias, eps, STREAM, ROW)
     if STREAM[7]:

@@ -6,7 +6,8 @@ last: few tokens wait for one memory latency, not for three.
 
 What a record says comes as constexpr tuples, written by `launch.plan`:
 SITE    the STREAM of q, of k and of v; the ROW of each; whether k is a result; the CACHE of k and
-        of v; rows of the tables where positions are looked up, else 0; AXES; tokens of a program
+        of v; rows of the tables where positions are looked up, else 0; AXES; tokens of a program;
+        whether what rows meet is asked for ahead of them
 STREAM  programs, heads, channels, norm (0 none, 1 before, 2 after the rotation), statistic (0 none,
         1 rms, 2 l2, 3 layer), dims of the weight, offset of the weight, has_scale, scale,
         heads_first, dims of the bias, heads of a program
@@ -69,6 +70,7 @@ def tile(rows, caches, factors, tables, strides, eps, T, sizes, block, SITE: tl.
     LOOKUP: tl.constexpr = SITE[9]
     AXES: tl.constexpr = SITE[10]
     TOKENS: tl.constexpr = SITE[11]
+    AHEAD: tl.constexpr = SITE[12]
     q_ptr, k_ptr, v_ptr, q_out_ptr, k_out_ptr = rows
     k_cache_ptr, v_cache_ptr, slots_ptr, offsets_ptr, k_cache_scale_ptr, v_cache_scale_ptr = caches
     q_weight_ptr, k_weight_ptr, q_bias_ptr, k_bias_ptr, q_scale_ptr, k_scale_ptr = factors
@@ -108,7 +110,7 @@ def tile(rows, caches, factors, tables, strides, eps, T, sizes, block, SITE: tl.
         row = row_of(
             q_ptr + i_b * s_q[0] + o_t * s_q[1] + o_h * s_q[2], q_weight_ptr, q_bias_ptr,
             q_scale_ptr + i_b * s_qs[0] + o_t * s_qs[1] + o_h * s_qs[2],
-            turn, o_h, m_h, m_t, s_q[3], q_eps, Q, Q_ROW, LOOKUP, AXES,
+            turn, o_h, m_h, m_t, s_q[3], q_eps, Q, Q_ROW, LOOKUP, AXES, AHEAD,
         )  # fmt: skip
         o_row = (i_b * Q[1] + o_h) * n_t + o_t if Q[9] else (i_b * n_t + o_t) * Q[1] + o_h
         store_row(q_out_ptr + o_row * Q[2], row, m_t & m_h, 1, 0, 1, Q_ROW)
@@ -118,7 +120,7 @@ def tile(rows, caches, factors, tables, strides, eps, T, sizes, block, SITE: tl.
             row = row_of(
                 k_ptr + i_b * s_k[0] + o_t * s_k[1] + o_h * s_k[2], k_weight_ptr, k_bias_ptr,
                 k_scale_ptr + i_b * s_ks[0] + o_t * s_ks[1] + o_h * s_ks[2],
-                turn, o_h, m_h, m_t, s_k[3], k_eps, K, K_ROW, LOOKUP, AXES,
+                turn, o_h, m_h, m_t, s_k[3], k_eps, K, K_ROW, LOOKUP, AXES, AHEAD,
             )  # fmt: skip
             if K_KEEP:
                 o_row = (i_b * K[1] + o_h) * n_t + o_t if K[9] else (i_b * n_t + o_t) * K[1] + o_h
@@ -136,7 +138,7 @@ def tile(rows, caches, factors, tables, strides, eps, T, sizes, block, SITE: tl.
             o_h, m_h = heads_of(i_block - Q[0] - K[0], V[11], V[1])
             row = row_of(
                 v_ptr + i_b * s_v[0] + o_t * s_v[1] + o_h * s_v[2], v_ptr, v_ptr, v_ptr,
-                turn, o_h, m_h, m_t, s_v[3], k_eps, V, V_ROW, LOOKUP, AXES,
+                turn, o_h, m_h, m_t, s_v[3], k_eps, V, V_ROW, LOOKUP, AXES, AHEAD,
             )  # fmt: skip
             row = cast_row(
                 row, v_cache_scale_ptr, s_vcs[0], s_vcs[1], s_vcs[2], i_b, o_t, o_h,

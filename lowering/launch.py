@@ -58,7 +58,7 @@ def plan(
     keeps = bool(record.k and record.k.keep)
     of_caches = launch_stores.caches(record, operands)
     tables = (_table_rows(operands), axis_runs(record))
-    site = (*of_streams, *of_rows, keeps, *of_caches, *tables, tile.tokens)
+    site = (*of_streams, *of_rows, keeps, *of_caches, *tables, tile.tokens, tile.ahead)
     constants: dict[str, Any] = {"SITE": site, "SINGLE": q.shape[:2] == (1, 1)}
     grid = (ceil_div(q.shape[1], tile.tokens) * sum(programs), q.shape[0])
     arguments = _pointers(operands) | _scalars(record, operands, eps)
@@ -90,6 +90,7 @@ def _kind_of(record: Record, operands: Mapping[str, Operand | None]) -> Rows:
     return Rows(
         channels=record.q.channels,
         run=widest_run(record.q),
+        heads=int(_needed(operands, "q").shape[2]),
         wide_tables=cos is not None and cos.itemsize > 2,
         scattered=is_scattered(record),
     )

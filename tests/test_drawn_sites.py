@@ -4,6 +4,7 @@ the CPU, and the Triton kernel on a GPU, against what `tests.truth` says in floa
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -131,11 +132,20 @@ def sites_on_the_kernel(start: int, examples: int, until: float = math.inf) -> i
     @settings(
         max_examples=examples, deadline=None, suppress_health_check=HEALTH, phases=NO_SHRINKING
     )
-    @given(sites(HARDWARE), ROWS, st.booleans(), st.lists(CALL, min_size=40, max_size=40))
-    def each(site: Site, rows: int, wide: bool, calls: list[tuple[int, int, int]]) -> None:
+    @given(
+        sites(HARDWARE),
+        ROWS,
+        st.booleans(),
+        st.booleans(),
+        st.lists(CALL, min_size=40, max_size=40),
+    )
+    def each(
+        site: Site, rows: int, wide: bool, ahead: bool, calls: list[tuple[int, int, int]]
+    ) -> None:
         nonlocal checked
         q = site.record.q
-        tile = tile_for("", rows, Rows(q.channels, launch.widest_run(q), wide_tables=wide))
+        kind = Rows(q.channels, launch.widest_run(q), heads=32, wide_tables=wide)
+        tile = dataclasses.replace(tile_for("", rows, kind), ahead=ahead)
         for call in calls:
             if time.monotonic() > until:
                 return

@@ -20,6 +20,7 @@ from triton.compiler import ASTSource, CompilationError  # noqa: E402
 from fxfuse.lowering import kernels, launch, providers  # noqa: E402
 from fxfuse.lowering.launch_stores import FORMATS  # noqa: E402
 from fxfuse.lowering.operand import Operand  # noqa: E402
+from fxfuse.lowering.tiles import Tile  # noqa: E402
 from fxfuse.patterns.record import Pass  # noqa: E402
 
 pytestmark = pytest.mark.aot
@@ -31,6 +32,7 @@ POINTERS |= {torch.int32: "*i32", torch.bool: "*i1"}
 POINTERS |= {torch.uint8: "*u8", torch.float8_e4m3fn: "*fp8e4nv", torch.float8_e5m2: "*fp8e5"}
 # One CUDA and one HIP target take every site, the others two of them.
 EVERYWHERE = ("qwen3", "gptj, partial")
+AHEAD = Tile(2, 4, 4, ahead=True)
 # How many tokens each target's kernels are compiled for: many (and strides not known), a few,
 # elsewhere one.
 TOKENS = {90: 128, "gfx942": 16}
@@ -42,7 +44,7 @@ COMPILED = [
 ]
 
 
-def planned(case: Operands, symbolic: bool = False) -> launch.Launch:
+def planned(case: Operands, symbolic: bool = False, tile: Tile | None = None) -> launch.Launch:
     """The launch; symbolic as if the strides were not known when it is compiled."""
     q, k = case.tensors["q"], case.tensors["k"]
     tensors = {**case.tensors, "q_out": q}
@@ -54,7 +56,7 @@ def planned(case: Operands, symbolic: bool = False) -> launch.Launch:
         for name, x in tensors.items()
         if x is not None
     }
-    return launch.plan(case.record, facts, case.eps, q.shape[1])
+    return launch.plan(case.record, facts, case.eps, q.shape[1], tile=tile)
 
 
 def source(plan: launch.Launch) -> ASTSource:
@@ -143,6 +145,22 @@ def test_neighbours_and_halves_load_and_store_wide():
         assert "st.global.b16" not in ptx
 
 
+@pytest.mark.parametrize("tile", [(2, 4, 2), (4, 4, 4), (1, 8, 2)])
+def test_tables_asked_for_ahead_lie_on_the_threads_of_the_rows(tile):
+    """Else they pass through shared memory, behind a barrier of the program."""
+    case = operands("qwen3", heads=16, kv_heads=8, tokens=256, slots=256, dtype=torch.bfloat16)
+    for name in ("cos", "sin"):
+        case.tensors[name] = case.tensors[name].bfloat16().contiguous()
+    shared = {}
+    for ahead in (False, True):
+        plan = planned(case, tile=Tile(*tile, ahead=ahead))
+        options = {"num_warps": plan.warps, "num_stages": 1, "enable_fp_fusion": True}
+        target = GPUTarget("cuda", 90, 32)
+        compiled = triton.compile(source(plan), target=target, options=options)
+        shared[ahead] = compiled.metadata.shared
+    assert shared[True] == 0 < shared[False]
+
+
 def written_arguments(plan: launch.Launch) -> set[str]:
     """The pointers that Inductor's own analysis takes for written."""
     driver = mock.Mock()
@@ -173,14 +191,14 @@ def _analysed(kernel: Any, arguments: dict[str, Any]) -> set[str]:
 def test_inductor_sees_only_results_and_caches_as_written(name):
     """Were another tensor taken for written, CUDA graphs would be lost without a word."""
     case = operands(name, heads=16, kv_heads=8, tokens=16, slots=32, dtype=torch.bfloat16)
-    plan = planned(case)
     # The pointers of absent operands are q again; a name is what counts here.
     written = {"q_out_ptr"}
     if case.record.k and case.record.k.keep:
         written |= {"k_out_ptr"}
     if case.stores:
         written |= {f"{x}_ptr" for x in ("k_cache", "v_cache") if case.tensors[x] is not None}
-    assert written_arguments(plan) == written
+    for tile in (None, AHEAD):
+        assert written_arguments(planned(case, tile=tile)) == written
 
 
 def test_no_kernel_is_tuned_by_running_it():

@@ -12,6 +12,7 @@ import sys
 import pytest
 import torch
 
+from fxfuse.lowering.tiles import Tile
 from fxfuse.patterns.record import Pass
 from tests.interpreted import interpreted
 from tests.sites import (
@@ -32,7 +33,7 @@ from tests.test_head_sizes import GROUPS, HEAD_SIZES
 pytestmark = pytest.mark.aot
 
 
-def launched(case: Operands) -> tuple[torch.Tensor, torch.Tensor]:
+def launched(case: Operands, tile: Tile | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     from fxfuse import ops
     from fxfuse.lowering import direct
 
@@ -44,13 +45,13 @@ def launched(case: Operands) -> tuple[torch.Tensor, torch.Tensor]:
     tensors = {**case.tensors, "q_out": results[0]}
     if results[1].dim() == 4:
         tensors["k_out"] = results[1]
-    direct.prepared(direct.planned(case.record, tensors, case.eps))()
+    direct.prepared(direct.planned(case.record, tensors, case.eps, tile=tile))()
     return results
 
 
-def check(case: Operands) -> None:
+def check(case: Operands, tile: Tile | None = None) -> None:
     wide, wanted = case.exact()
-    got = launched(case)
+    got = launched(case, tile)
     # float32 inside; the longest sum is over 128 products of unit size.
     close = {"rtol": 1e-5, "atol": 1e-5, "check_dtype": False}
     if case.tensors["q"].dtype == torch.bfloat16:
@@ -144,10 +145,26 @@ def sites() -> None:
     assert all((case.tensors[c] == 77.0).all() for c in ("k_cache", "v_cache"))
 
 
-PARTS = {"sites": sites, "sizes": sizes}
+def ahead() -> None:
+    """Tables and weights asked for ahead of rows, and 1 / rms multiplied last."""
+    tile = Tile(2, 4, 4, ahead=True)
+    for name in SITES:
+        check(without_neighbours(operands(name, tokens=5)), tile)
+        print(name, "ok", flush=True)
+    check(operands("qwen3", batch=1, tokens=9, heads=16, dtype=torch.bfloat16), tile)
+    # Squares beyond float32: 1 / rms is 0 and so is the row, though x * weight is beyond it too.
+    case = operands("qwen3", tokens=2)
+    case.tensors["q"].fill_(3e38)
+    case.tensors["q_weight"].fill_(1000.0)
+    plain = case.copy()
+    got, wanted = launched(case, tile)[0], plain.op()(*plain.arguments())[0]
+    assert not wanted.any() and torch.equal(got, wanted)
 
 
-@pytest.mark.parametrize("part", ["sites", pytest.param("sizes", marks=pytest.mark.long)])
+PARTS = {"sites": sites, "sizes": sizes, "ahead": ahead}
+
+
+@pytest.mark.parametrize("part", ["sites", "ahead", pytest.param("sizes", marks=pytest.mark.long)])
 def test_every_site_in_the_interpreter(part):
     done = interpreted(__file__, part)
     assert done.returncode == 0 and done.stdout.endswith("done\n"), done.stdout + done.stderr

@@ -110,9 +110,10 @@ def candidates(call: Caught, tokens: int) -> list[Tile]:
     """Tiles that fit rows of so many tokens."""
     channels, most = call.record.q.channels, launch.power_above(call.heads())
     found = []
-    for t, h, w in itertools.product((1, 2, 4, 8, 16), (1, 2, 4, 8, 16), (1, 2, 4, 8)):
+    sizes = (1, 2, 4, 8, 16), (1, 2, 4, 8, 16), (1, 2, 4, 8)
+    for t, h, w, ahead in itertools.product(*sizes, (False, True)):
         if LEAST <= t * h * channels // (32 * w) <= MOST and t <= tokens and h <= most:
-            found.append(Tile(t, h, w))
+            found.append(Tile(t, h, w, ahead))
     return found
 
 
@@ -175,7 +176,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _line(case: Case, now: float, every: dict[Tile, float]) -> str:
     best = sorted(every, key=every.__getitem__)[:5]
-    cells = "  ".join(f"{dataclasses.astuple(t)} {every[t]:.2f}" for t in best)
+    cells = "  ".join(f"{t} {every[t]:.2f}" for t in best)
     return f"{case.recipe} {case.shape.name} T={case.tokens}: now {now:.2f}  {cells}"
 
 
