@@ -17,12 +17,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def full_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch._dynamo.reset()
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("name", FAMILIES)
 def test_prefill_and_decode_equal_eager(name: str) -> None:
