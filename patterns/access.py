@@ -193,7 +193,9 @@ def _rows(factor: Factor, labels: list[Label], count: int) -> tuple[list[Step], 
                 steps.append(("narrow", j, offset, _static(atoms[0][0].size)))
             labels[j] = atoms[0][0]
         else:
-            _check_whole(index, size)
+            walked = _walked(index)
+            if offset or divide(size, walked) != 1:
+                steps.append(("narrow", j, offset, _static(walked)))
             steps.append(("unflatten", j, tuple(_static(a.size) for a, _ in atoms)))
             labels[j : j + 1] = [a for a, _ in atoms]
     return steps, labels
@@ -205,15 +207,14 @@ def _static(size: Size) -> int:
     return size
 
 
-def _check_whole(index: Index, size: Size) -> None:
-    """Atoms that together walk an axis from its first to its last element, in order."""
-    expected: Size = 1
+def _walked(index: Index) -> Size:
+    """How many elements of an axis its atoms walk together, one after the other."""
+    walked: Size = 1
     for atom, stride in sorted(index.strides, key=lambda a: a[1]):
-        if stride != expected:
+        if stride != walked:
             raise Refused("rows at irregular places")
-        expected = expected * atom.size
-    if index.offsets[0] or divide(size, expected) != 1:
-        raise Refused("rows that are a part of an axis")
+        walked = walked * atom.size
+    return walked
 
 
 def _arrange(

@@ -236,6 +236,31 @@ class JoinedNormed(nn.Module):
         return attend(self.both.turned(q, at), self.both.turned(k, at), v)
 
 
+class GridTurned(JoinedNormed):
+    """EasyAnimate: of joined rows, normed together, the image's alone turn, in place and by tables
+    of a grid's three axes; those rows begin at `at`.
+    """
+
+    def __init__(self, both: Segment, grid: tuple[int, ...], at: int) -> None:
+        super().__init__(both)
+        self.at, self.grid = at, grid
+        for i, share in enumerate(angles(D).split((2, 3, 3), dim=-1)):
+            table = both.rotation.table(share[: grid[i]])
+            along = [grid[i] if j == i else 1 for j in range(3)]
+            self.register_buffer(f"table_{i}", table.view(*along, -1))
+
+    def forward(self, text: Tensor, image: Tensor, *positions: Tensor) -> Tensor:
+        q, k, v = split(torch.cat((text, image) if self.at else (image, text), 1))
+        tables = [self.get_buffer(f"table_{i}").expand(*self.grid, -1) for i in range(3)]
+        cos, sin = zip(*(x.chunk(2, dim=-1) for x in tables), strict=True)
+        rows = torch.cat((*cos, *sin), -1).flatten(0, 2)[None]
+        normed = self.both.normed(q, k)
+        for x in normed:
+            there = x[:, self.at : self.at + image.shape[1]]
+            there.copy_(self.both.rotation.turn(there, rows))
+        return attend(*normed, v)
+
+
 # --- how the tests drive them ------------------------------------------------------------------
 
 

@@ -21,6 +21,7 @@ from tests.diffusion_toys import (
     Alone,
     D,
     EachTurned,
+    GridTurned,
     H,
     JoinedNormed,
     JoinedTurned,
@@ -170,6 +171,14 @@ def test_segments_that_are_joined_before_they_are_turned(rotation: Rotation, tok
     toy = JoinedTurned(Segment(rotation, seed=1), Segment(rotation, seed=2))
     report = check(toy, *segments(tokens))
     assert sites(report) == [whole(rotation)[1:]]
+
+
+@pytest.mark.parametrize("at", [0, TEXT])
+@pytest.mark.parametrize("rotation", [PAIRS, HALVES, DIFFERING], ids=str)
+def test_joined_rows_of_which_a_part_turns_by_a_grid(rotation: Rotation, at: int) -> None:
+    """Rows that three axes walk together, in the midst of an axis of the joined ones."""
+    toy = GridTurned(Segment(rotation), (2, 2, 4), at)
+    assert sites(check(toy, *segments(16)[:2])) == [("rms_norm", "rope")]
 
 
 @pytest.mark.parametrize("rotation", [PAIRS, HALVES, CIRCLE], ids=str)
