@@ -252,9 +252,10 @@ def row_of(
     if STREAM[7]:
         scale = tl.load(scale_ptr, mask=m_t & m_h, other=0.0).to(tl.float32)
     if LAST:
-        # Where squares are no float32, 1 / rms is 0: x * weight has to be one, to become 0 by it.
-        r = factor_of(row, eps, STREAM, ROW) * 65536.0
-        row = weighted(row, weight, bias, 1 / 65536.0, STREAM)
+        # Where a row's squares overflow, 1 / rms is 0 and so is the row, if x * weight does not.
+        SHIFT: tl.constexpr = 65536.0
+        r = factor_of(row, eps, STREAM, ROW) * SHIFT
+        row = weighted(row, weight, bias, 1 / SHIFT, STREAM)
     elif STREAM[3] == 1:
         row = normalise(row, weight, bias, eps, STREAM, ROW)
     if ROW[0] > 0:

@@ -120,6 +120,12 @@ def test_every_launch_has_a_tile() -> None:
 
 
 @pytest.mark.null
+def test_rows_of_few_and_of_many_heads_have_tiles_of_their_own() -> None:
+    few, many = (tile_for("sm_90", 8192, Rows(128, 64, heads)) for heads in (16, 32))
+    assert few == Tile(4, 4, 4, ahead=True) and many == Tile(1, 8, 2, ahead=True)
+
+
+@pytest.mark.null
 def test_the_tile_of_a_class_is_nearest_to_each_shapes_best() -> None:
     every = [{Tile(1, 1, 1): 2.0, Tile(2, 1, 1): 1.0}, {Tile(1, 1, 1): 1.0, Tile(2, 1, 1): 1.5}]
     assert tune.least_loss(every)[0] == Tile(2, 1, 1)

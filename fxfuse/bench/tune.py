@@ -4,7 +4,7 @@ Each case is fused as `fxfuse bench` fuses it, the op's call is caught with its 
 tile that fits is checked against the results of the launch table's and timed beside it by direct
 launches, each with results of its own, as calls of a compiled graph have them. For each run of
 channels and number of tokens the tile whose times are least over the shapes, as a geometric mean,
-is printed: what a rule of `lowering/tiles.py` says.
+is printed: what a rule of `lowering/tiles.py` says, which may be narrower (channels, heads).
 """
 
 import argparse
