@@ -100,6 +100,21 @@ def test_a_model_without_generate_has_no_such_rows(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.null
+def test_a_prompt_is_traced_in_a_cache_that_holds_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts: list[str] = []
+
+    def kernels(step: Any) -> list[Kernel]:
+        step()
+        assert len(prompts) == 1, "the cache is full"
+        return [Kernel("prompt", 1.0)]
+
+    monkeypatch.setattr(whole, "_kernels", kernels)
+    row = Whole("M", "prefill", 1, "fxfuse", 1)
+    whole._trace(row, lambda: prompts.append("prompt"), prompts.clear)
+    assert row.kernels == 1
+
+
+@pytest.mark.null
 def test_a_prompt_makes_no_tokens() -> None:
     ms = timing.Spread(4.0, 4.0, 4.0)
     told = {

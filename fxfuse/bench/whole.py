@@ -229,7 +229,7 @@ def _fill(rows: list[Whole], phase: Phase, args: Any, device: str, told: Told) -
             if row.wrong is None and not args.compile_only:
                 step = _warm(row, phase, model, device)
                 if device == "cuda" and phase.tokens == 1:
-                    _trace(row, step)
+                    _trace(row, step, _before(phase))
                 timed.append((row, model))
         except Exception as problem:
             row.wrong = told_of(problem)
@@ -270,16 +270,14 @@ def _warm(row: Whole, phase: Phase, model: Any, device: str) -> Callable[[], Any
     """A step that has settled: graphs are recorded."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    held, before = torch.cuda.memory_allocated(), _before(phase)
     for _ in range(WARM_UP if phase.tokens == 1 else 2):
-        if phase.single:
-            phase.prepare()
+        before()
         phase.step(model)
     _wait(device)
     if device == "cuda":
-        row.step_bytes = torch.cuda.max_memory_allocated() - before
-    if phase.single:
-        phase.prepare()
+        row.step_bytes = torch.cuda.max_memory_allocated() - held
+    before()
     return functools.partial(phase.step, model)
 
 
@@ -287,7 +285,7 @@ def _time(timed: list[tuple[Whole, Any]], phase: Phase, rounds: int, device: str
     """`rounds` samples of each, TURN at a time; of calls that make many tokens a turn of turns."""
     waited: dict[str, list[float]] = {row.backend: [] for row, _ in timed}
     queued: dict[str, list[float]] = {row.backend: [] for row, _ in timed}
-    before = phase.prepare if phase.single else lambda: None
+    before = _before(phase)
     turn = TURN if phase.tokens == 1 else 1
     for _ in range(-(-rounds // TURN)):
         for row, model in timed:
@@ -326,9 +324,18 @@ def _queued(step: Callable[[], Any], rounds: int) -> Sequence[float]:
     return [float(a.elapsed_time(b)) for a, b in itertools.pairwise(marks)]
 
 
-def _trace(row: Whole, step: Callable[[], Any]) -> None:
+def _before(phase: Phase) -> Callable[[], Any]:
+    """What every step of a single phase begins with: a prompt in a cache that is full fails."""
+    return phase.prepare if phase.single else lambda: None
+
+
+def _trace(row: Whole, step: Callable[[], Any], before: Callable[[], Any]) -> None:
     """The kernels of one step; of several steps the one with the median sum."""
-    steps = sorted((_kernels(step) for _ in range(TRACED)), key=lambda ks: sum(k.us for k in ks))
+    steps = []
+    for _ in range(TRACED):
+        before()
+        steps.append(_kernels(step))
+    steps.sort(key=lambda kernels: sum(kernel.us for kernel in kernels))
     row.traced = steps[TRACED // 2]
     row.kernels = len(row.traced)
     if row.phase == "decode":
