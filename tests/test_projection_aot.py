@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import subprocess
+import tempfile
 
 import pytest
 import torch
@@ -47,6 +49,26 @@ def test_it_compiles(name, target):
     options = {**OPTIONS, "num_warps": plan.warps}
     compiled = triton.compile(source(plan), target=GPUTarget(*target), options=options)
     assert compiled.asm["ptx" if target[0] == "cuda" else "amdgcn"]
+
+
+@pytest.mark.parametrize("front", [False, True], ids=["plain", "normed"])
+@pytest.mark.parametrize(("heads", "hidden"), [(16, 1024), (32, 2560), (32, 4096)])
+def test_every_program_has_a_place_at_once(heads, hidden, front):
+    """With 96 registers in place of 80 Qwen3-8B took 19.8 us on an H200, and 16.1 before."""
+    shape = Shape(heads, 8, 128, hidden, WIDE)
+    shape = shape.behind(NORM) if front else shape
+    plan, *_ = planned(shape, tensors(shape, torch.bfloat16))
+    options = {**OPTIONS, "num_warps": plan.warps}
+    compiled = triton.compile(source(plan), target=GPUTarget("cuda", 90, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        dump = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        told = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
+    (registers,) = (int(n) for n in re.findall(r"REG:(\d+)", told))
+    # An H200: 132 SMs of 65,536 registers, handed out by 8 a thread.
+    places = 132 * (65536 // (-(-registers // 8) * 8 * 32 * plan.warps))
+    assert plan.grid[0] <= places, f"{registers} registers"
 
 
 def test_weights_are_loaded_wide_once_and_streamed_and_the_count_is_released_and_acquired():
