@@ -16,33 +16,42 @@ import triton.language as tl
 def load_block(
     ptr, mask, stride_c,
     START: tl.constexpr, STEP: tl.constexpr, LENGTH: tl.constexpr, BLOCK: tl.constexpr,
+    LASTING: tl.constexpr,
 ):  # fmt: skip
-    """float32 [tokens, heads, BLOCK] of channels START + STEP * i for i < LENGTH, zero beyond."""
+    """float32 [tokens, heads, BLOCK] of channels START + STEP * i for i < LENGTH, zero beyond.
+    LASTING: other programs read them too.
+    """
     if LENGTH == 0:
         b = tl.zeros([ptr.shape[0], ptr.shape[1], BLOCK], tl.float32)
     else:
         i = tl.arange(0, BLOCK)[None, None, :]
         m = mask if LENGTH == BLOCK else mask & (i < LENGTH)
-        b = tl.load(ptr + (START + STEP * i).to(tl.int64) * stride_c, mask=m, other=0.0)
+        b = tl.load(
+            ptr + (START + STEP * i).to(tl.int64) * stride_c, mask=m, other=0.0,
+            eviction_policy="evict_last" if LASTING else "",
+        )  # fmt: skip
+    if b.dtype == tl.bfloat16:
+        # The upper half of a float32's bits: of two in one register one takes a shift, one a mask.
+        b = (b.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     return b.to(tl.float32)
 
 
 @triton.jit
 def load_pairs(
     ptr, mask, stride_c, FIRST: tl.constexpr, SECOND: tl.constexpr, STEP: tl.constexpr,
-    PAIRS: tl.constexpr, BLOCK: tl.constexpr,
+    PAIRS: tl.constexpr, BLOCK: tl.constexpr, LASTING: tl.constexpr,
 ):  # fmt: skip
     """Both members of the pairs at FIRST, SECOND + STEP * i, each [tokens, heads, BLOCK]."""
     if PAIRS > 0 and STEP == 2 and SECOND == FIRST + 1 and ptr.shape[2] == 1:
         # Neighbours come as one contiguous block, so that loads stay 16 bytes wide.
-        both = load_block(ptr, mask, stride_c, FIRST, 1, 2 * PAIRS, 2 * BLOCK)
+        both = load_block(ptr, mask, stride_c, FIRST, 1, 2 * PAIRS, 2 * BLOCK, LASTING)
         first, second = tl.split(tl.reshape(both, [both.shape[0], both.shape[1], BLOCK, 2]))
     else:
-        first = load_block(ptr, mask, stride_c, FIRST, STEP, PAIRS, BLOCK)
+        first = load_block(ptr, mask, stride_c, FIRST, STEP, PAIRS, BLOCK, LASTING)
         if SECOND == FIRST:
             second = first
         else:
-            second = load_block(ptr, mask, stride_c, SECOND, STEP, PAIRS, BLOCK)
+            second = load_block(ptr, mask, stride_c, SECOND, STEP, PAIRS, BLOCK, LASTING)
     return first, second
 
 
@@ -67,18 +76,18 @@ def in_run(i, FIRST: tl.constexpr, STEP: tl.constexpr, COUNT: tl.constexpr):
 def load_table(
     ptr, positions, mask, stride_t, stride_c,
     FIRST: tl.constexpr, SECOND: tl.constexpr, STEP: tl.constexpr, ROW: tl.constexpr,
-    LOOKUP: tl.constexpr, AXES: tl.constexpr,
+    LOOKUP: tl.constexpr, AXES: tl.constexpr, LASTING: tl.constexpr,
 ):  # fmt: skip
     """What both members of the pairs turn by: a token's row at ptr [tokens, 1, 1]; by position,
     rows of the table at ptr, of which each pair takes its axis': one for each of AXES' runs.
     """
     RUNS: tl.constexpr = AXES[0]
     at, m_r = rows_at(ptr, positions[0], mask, stride_t, LOOKUP)
-    first, second = load_pairs(at, m_r, stride_c, FIRST, SECOND, STEP, ROW[0], ROW[15])
+    first, second = load_pairs(at, m_r, stride_c, FIRST, SECOND, STEP, ROW[0], ROW[15], LASTING)
     for r in tl.static_range(1, RUNS):
         # Whole rows, of which each pair takes its own: neighbours in memory, unlike single entries.
         at, m_r = rows_at(ptr, positions[r], mask, stride_t, LOOKUP)
-        a, b = load_pairs(at, m_r, stride_c, FIRST, SECOND, STEP, ROW[0], ROW[15])
+        a, b = load_pairs(at, m_r, stride_c, FIRST, SECOND, STEP, ROW[0], ROW[15], LASTING)
         i = tl.arange(0, ROW[15])[None, None, :]
         own = in_run(i, AXES[2 + 4 * r], AXES[3 + 4 * r], AXES[4 + 4 * r])
         first, second = tl.where(own, a, first), tl.where(own, b, second)
@@ -86,14 +95,14 @@ def load_table(
 
 
 @triton.jit
-def load_row(ptr, mask, stride_c, SIDE: tl.constexpr, ROW: tl.constexpr):
+def load_row(ptr, mask, stride_c, SIDE: tl.constexpr, ROW: tl.constexpr, LASTING: tl.constexpr):
     """The four blocks of rows at their places in x (SIDE 0) or in y (SIDE 1)."""
     P: tl.constexpr = 1 + 3 * SIDE
     first, second = load_pairs(
-        ptr, mask, stride_c, ROW[P], ROW[P + 1], ROW[P + 2], ROW[0], ROW[15]
+        ptr, mask, stride_c, ROW[P], ROW[P + 1], ROW[P + 2], ROW[0], ROW[15], LASTING
     )  # fmt: skip
-    low = load_block(ptr, mask, stride_c, ROW[9 + SIDE], 1, ROW[11], ROW[16])
-    high = load_block(ptr, mask, stride_c, ROW[12 + SIDE], 1, ROW[14], ROW[17])
+    low = load_block(ptr, mask, stride_c, ROW[9 + SIDE], 1, ROW[11], ROW[16], LASTING)
+    high = load_block(ptr, mask, stride_c, ROW[12 + SIDE], 1, ROW[14], ROW[17], LASTING)
     return first, second, low, high
 
 
@@ -174,37 +183,37 @@ def normalise(row, weight, bias, eps, STREAM: tl.constexpr, ROW: tl.constexpr):
 @triton.jit
 def load_weight(
     ptr, o_h, m_h, DIMS: tl.constexpr, STREAM: tl.constexpr, ROW: tl.constexpr,
-    TOKENS: tl.constexpr, AHEAD: tl.constexpr,
+    TOKENS: tl.constexpr, AHEAD: tl.constexpr, LASTING: tl.constexpr,
 ):  # fmt: skip
     """The four blocks of a weight [D] or [H, D], in the order of the rows that it meets."""
     if DIMS == 1:
         # In the shape whose layout in registers is that of the tile: moving it would cost more.
         HEADS: tl.constexpr = o_h.shape[1] if TOKENS == 1 or AHEAD else 1
         o_1 = tl.zeros([TOKENS, HEADS, 1], tl.int64)
-        row = load_row(ptr + o_1, o_1 == 0, 1, STREAM[3] - 1, ROW)
+        row = load_row(ptr + o_1, o_1 == 0, 1, STREAM[3] - 1, ROW, LASTING)
     else:
-        row = load_row(ptr + o_h * STREAM[2], m_h, 1, STREAM[3] - 1, ROW)
+        row = load_row(ptr + o_h * STREAM[2], m_h, 1, STREAM[3] - 1, ROW, LASTING)
     return row
 
 
 @triton.jit
 def load_weights(
     w_ptr, b_ptr, o_h, m_h, STREAM: tl.constexpr, ROW: tl.constexpr,
-    TOKENS: tl.constexpr, AHEAD: tl.constexpr,
+    TOKENS: tl.constexpr, AHEAD: tl.constexpr, LASTING: tl.constexpr,
 ):  # fmt: skip
     """Weight and bias, where the stream has them."""
     weight, bias = 0.0, 0.0
     if STREAM[5] > 0:
-        weight = load_weight(w_ptr, o_h, m_h, STREAM[5], STREAM, ROW, TOKENS, AHEAD)
+        weight = load_weight(w_ptr, o_h, m_h, STREAM[5], STREAM, ROW, TOKENS, AHEAD, LASTING)
     if STREAM[10] > 0:
-        bias = load_weight(b_ptr, o_h, m_h, STREAM[10], STREAM, ROW, TOKENS, AHEAD)
+        bias = load_weight(b_ptr, o_h, m_h, STREAM[10], STREAM, ROW, TOKENS, AHEAD, LASTING)
     return weight, bias
 
 
 @triton.jit
 def load_tables(
     turn, o_h, m_t, ROW: tl.constexpr, LOOKUP: tl.constexpr, AXES: tl.constexpr,
-    AHEAD: tl.constexpr,
+    AHEAD: tl.constexpr, LASTING: tl.constexpr,
 ):  # fmt: skip
     """cos of both members of the pairs, and sin, where rows are rotated."""
     tables = 0.0, 0.0, 0.0, 0.0
@@ -215,11 +224,11 @@ def load_tables(
             cos_ptr, sin_ptr, m_t = cos_ptr + over, sin_ptr + over, m_t & (over == 0)
         cos, cos_2 = load_table(
             cos_ptr, positions, m_t, s_cos[1], s_cos[2],
-            ROW[18], ROW[19], ROW[20], ROW, LOOKUP, AXES,
+            ROW[18], ROW[19], ROW[20], ROW, LOOKUP, AXES, LASTING,
         )  # fmt: skip
         sin, sin_2 = load_table(
             sin_ptr, positions, m_t, s_sin[1], s_sin[2],
-            ROW[21], ROW[22], ROW[23], ROW, LOOKUP, AXES,
+            ROW[21], ROW[22], ROW[23], ROW, LOOKUP, AXES, LASTING,
         )  # fmt: skip
         tables = cos, cos_2, sin, sin_2
     return tables
@@ -229,7 +238,7 @@ def load_tables(
 def row_of(
     x_ptr, w_ptr, b_ptr, scale_ptr, turn, o_h, m_h, m_t, stride_c, eps,
     STREAM: tl.constexpr, ROW: tl.constexpr, LOOKUP: tl.constexpr, AXES: tl.constexpr,
-    AHEAD: tl.constexpr,
+    AHEAD: tl.constexpr, LASTING: tl.constexpr,
 ):  # fmt: skip
     """The four blocks of scale * rope(norm(x)), or of scale * norm(rope(x)); turn = pointer and
     strides of cos, of sin, and positions. What depends on positions is asked for last.
@@ -243,12 +252,12 @@ def row_of(
         AHEAD and STREAM[3] == 1 and STREAM[4] == 1 and STREAM[5] > 0 and STREAM[10] == 0
     )
     if FIRST:
-        tables = load_tables(turn, o_h, m_t, ROW, LOOKUP, AXES, AHEAD)
-        weight, bias = load_weights(w_ptr, b_ptr, o_h, m_h, STREAM, ROW, TOKENS, AHEAD)
-    row = load_row(x_ptr, m_t & m_h, stride_c, 0, ROW)
+        tables = load_tables(turn, o_h, m_t, ROW, LOOKUP, AXES, AHEAD, LASTING)
+        weight, bias = load_weights(w_ptr, b_ptr, o_h, m_h, STREAM, ROW, TOKENS, AHEAD, LASTING)
+    row = load_row(x_ptr, m_t & m_h, stride_c, 0, ROW, False)
     if not FIRST:
-        weight, bias = load_weights(w_ptr, b_ptr, o_h, m_h, STREAM, ROW, TOKENS, AHEAD)
-        tables = load_tables(turn, o_h, m_t, ROW, LOOKUP, AXES, AHEAD)
+        weight, bias = load_weights(w_ptr, b_ptr, o_h, m_h, STREAM, ROW, TOKENS, AHEAD, LASTING)
+        tables = load_tables(turn, o_h, m_t, ROW, LOOKUP, AXES, AHEAD, LASTING)
     if STREAM[7]:
         scale = tl.load(scale_ptr, mask=m_t & m_h, other=0.0).to(tl.float32)
     if LAST:

@@ -146,3 +146,17 @@ def place_of(slot, offset, strides, sizes, CACHE: tl.constexpr):
     if CACHE[23]:
         there = there & (slot != CACHE[24])
     return place, there
+
+
+@triton.jit
+def store_at(
+    ptr, scale_ptr, row, slot, offset, i_b, o_t, o_h, mask, strides, scale_strides, sizes,
+    CACHE: tl.constexpr, ROW: tl.constexpr,
+):  # fmt: skip
+    """Write rows to their tokens' slots of a cache, as its numbers."""
+    s_b, s_t, s_h = scale_strides
+    row = cast_row(row, scale_ptr, s_b, s_t, s_h, i_b, o_t, o_h, mask, CACHE)
+    slot, offset = slot.to(tl.int64), offset.to(tl.int64)
+    place, there = place_of(slot, offset, strides, sizes, CACHE)
+    ptr += i_b * strides[0] + o_h * strides[1] + place
+    store_row(ptr, row, mask & there, strides[5], strides[6], CACHE[14], ROW)

@@ -7,7 +7,7 @@ last: few tokens wait for one memory latency, not for three.
 What a record says comes as constexpr tuples, written by `launch.plan`:
 SITE    the STREAM of q, of k and of v; the ROW of each; whether k is a result; the CACHE of k and
         of v; rows of the tables where positions are looked up, else 0; AXES; tokens of a program;
-        whether what rows meet is asked for ahead of them
+        whether what rows meet is asked for ahead of them; whether it is to stay in the cache
 STREAM  programs, heads, channels, norm (0 none, 1 before, 2 after the rotation), statistic (0 none,
         1 rms, 2 l2, 3 layer), dims of the weight, offset of the weight, has_scale, scale,
         heads_first, dims of the bias, heads of a program
@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 
 from fxfuse.lowering.kernel_rows import row_of
-from fxfuse.lowering.kernel_stores import cast_row, place_of, store_row
+from fxfuse.lowering.kernel_stores import store_at, store_row
 
 
 @triton.jit
@@ -71,6 +71,7 @@ def tile(rows, caches, factors, tables, strides, eps, T, sizes, block, SITE: tl.
     AXES: tl.constexpr = SITE[10]
     TOKENS: tl.constexpr = SITE[11]
     AHEAD: tl.constexpr = SITE[12]
+    LASTING: tl.constexpr = SITE[13]
     q_ptr, k_ptr, v_ptr, q_out_ptr, k_out_ptr = rows
     k_cache_ptr, v_cache_ptr, slots_ptr, offsets_ptr, k_cache_scale_ptr, v_cache_scale_ptr = caches
     q_weight_ptr, k_weight_ptr, q_bias_ptr, k_bias_ptr, q_scale_ptr, k_scale_ptr = factors
@@ -82,14 +83,6 @@ def tile(rows, caches, factors, tables, strides, eps, T, sizes, block, SITE: tl.
     n_t = tl.cast(T, tl.int64)
     o_t = i_t * TOKENS + tl.arange(0, TOKENS)[:, None, None]
     m_t = tl.full([1, 1, 1], True, tl.int1) if TOKENS == 1 else o_t < n_t
-    if K_CACHE[0] > 0:
-        # Loaded here: through a function's result Inductor would take the slots for written.
-        i_s = tl.load(slots_ptr + i_b * s_slot[0] + o_t * s_slot[1], mask=m_t, other=-1)
-        i_s = i_s.to(tl.int64)
-        i_o = i_s
-        if K_CACHE[22]:
-            i_o = tl.load(offsets_ptr + i_b * s_off[0] + o_t * s_off[1], mask=m_t, other=-1)
-            i_o = i_o.to(tl.int64)
     positions = (o_t,)
     if LOOKUP > 0:
         # Asked for here and used behind a row's own loads.
@@ -110,43 +103,48 @@ def tile(rows, caches, factors, tables, strides, eps, T, sizes, block, SITE: tl.
         row = row_of(
             q_ptr + i_b * s_q[0] + o_t * s_q[1] + o_h * s_q[2], q_weight_ptr, q_bias_ptr,
             q_scale_ptr + i_b * s_qs[0] + o_t * s_qs[1] + o_h * s_qs[2],
-            turn, o_h, m_h, m_t, s_q[3], q_eps, Q, Q_ROW, LOOKUP, AXES, AHEAD,
+            turn, o_h, m_h, m_t, s_q[3], q_eps, Q, Q_ROW, LOOKUP, AXES, AHEAD, LASTING,
         )  # fmt: skip
         o_row = (i_b * Q[1] + o_h) * n_t + o_t if Q[9] else (i_b * n_t + o_t) * Q[1] + o_h
         store_row(q_out_ptr + o_row * Q[2], row, m_t & m_h, 1, 0, 1, Q_ROW)
+    # Each branch loads the slots that it uses, and none through a function: through a function's
+    # result Inductor would take them for written.
     if K[0] > 0:  # noqa: SIM102
         if (i_block >= Q[0]) & (i_block < Q[0] + K[0]):
             o_h, m_h = heads_of(i_block - Q[0], K[11], K[1])
+            if K_CACHE[0] > 0:
+                i_s = tl.load(slots_ptr + i_b * s_slot[0] + o_t * s_slot[1], mask=m_t, other=-1)
+                i_o = i_s
+                if K_CACHE[22]:
+                    i_o = tl.load(offsets_ptr + i_b * s_off[0] + o_t * s_off[1], mask=m_t, other=-1)
             row = row_of(
                 k_ptr + i_b * s_k[0] + o_t * s_k[1] + o_h * s_k[2], k_weight_ptr, k_bias_ptr,
                 k_scale_ptr + i_b * s_ks[0] + o_t * s_ks[1] + o_h * s_ks[2],
-                turn, o_h, m_h, m_t, s_k[3], k_eps, K, K_ROW, LOOKUP, AXES, AHEAD,
+                turn, o_h, m_h, m_t, s_k[3], k_eps, K, K_ROW, LOOKUP, AXES, AHEAD, LASTING,
             )  # fmt: skip
             if K_KEEP:
                 o_row = (i_b * K[1] + o_h) * n_t + o_t if K[9] else (i_b * n_t + o_t) * K[1] + o_h
                 store_row(k_out_ptr + o_row * K[2], row, m_t & m_h, 1, 0, 1, K_ROW)
             if K_CACHE[0] > 0:
-                row = cast_row(
-                    row, k_cache_scale_ptr, s_kcs[0], s_kcs[1], s_kcs[2], i_b, o_t, o_h,
-                    m_t & m_h, K_CACHE,
+                store_at(
+                    k_cache_ptr, k_cache_scale_ptr, row, i_s, i_o, i_b, o_t, o_h, m_t & m_h,
+                    s_kc, s_kcs, sizes[0], K_CACHE, K_ROW,
                 )  # fmt: skip
-                place, there = place_of(i_s, i_o, s_kc, sizes[0], K_CACHE)
-                ptr = k_cache_ptr + i_b * s_kc[0] + o_h * s_kc[1] + place
-                store_row(ptr, row, m_t & m_h & there, s_kc[5], s_kc[6], K_CACHE[14], K_ROW)
     if V[0] > 0:  # noqa: SIM102
         if i_block >= Q[0] + K[0]:
             o_h, m_h = heads_of(i_block - Q[0] - K[0], V[11], V[1])
+            i_s = tl.load(slots_ptr + i_b * s_slot[0] + o_t * s_slot[1], mask=m_t, other=-1)
+            i_o = i_s
+            if V_CACHE[22]:
+                i_o = tl.load(offsets_ptr + i_b * s_off[0] + o_t * s_off[1], mask=m_t, other=-1)
             row = row_of(
                 v_ptr + i_b * s_v[0] + o_t * s_v[1] + o_h * s_v[2], v_ptr, v_ptr, v_ptr,
-                turn, o_h, m_h, m_t, s_v[3], k_eps, V, V_ROW, LOOKUP, AXES, AHEAD,
+                turn, o_h, m_h, m_t, s_v[3], k_eps, V, V_ROW, LOOKUP, AXES, AHEAD, LASTING,
             )  # fmt: skip
-            row = cast_row(
-                row, v_cache_scale_ptr, s_vcs[0], s_vcs[1], s_vcs[2], i_b, o_t, o_h,
-                m_t & m_h, V_CACHE,
+            store_at(
+                v_cache_ptr, v_cache_scale_ptr, row, i_s, i_o, i_b, o_t, o_h, m_t & m_h,
+                s_vc, s_vcs, sizes[1], V_CACHE, V_ROW,
             )  # fmt: skip
-            place, there = place_of(i_s, i_o, s_vc, sizes[1], V_CACHE)
-            ptr = v_cache_ptr + i_b * s_vc[0] + o_h * s_vc[1] + place
-            store_row(ptr, row, m_t & m_h & there, s_vc[5], s_vc[6], V_CACHE[14], V_ROW)
 
 
 @triton.jit

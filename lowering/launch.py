@@ -12,7 +12,7 @@ from typing import Any
 
 from fxfuse.lowering import launch_stores
 from fxfuse.lowering.operand import Operand, Size
-from fxfuse.lowering.tiles import Rows, Tile, tile_for
+from fxfuse.lowering.tiles import WIDE_ROWS, Rows, Tile, tile_for
 from fxfuse.patterns.axes import runs_of
 from fxfuse.patterns.record import Pair, Pass, Record, Stream
 
@@ -58,7 +58,9 @@ def plan(
     keeps = bool(record.k and record.k.keep)
     of_caches = launch_stores.caches(record, operands)
     tables = (_table_rows(operands), axis_runs(record))
-    site = (*of_streams, *of_rows, keeps, *of_caches, *tables, tile.tokens, tile.ahead)
+    # A few rows of a large table, at positions, are other rows in the next launch.
+    lasting = not operands.get("positions") or rows > WIDE_ROWS
+    site = (*of_streams, *of_rows, keeps, *of_caches, *tables, tile.tokens, tile.ahead, lasting)
     constants: dict[str, Any] = {"SITE": site, "SINGLE": q.shape[:2] == (1, 1)}
     grid = (ceil_div(q.shape[1], tile.tokens) * sum(programs), q.shape[0])
     arguments = _pointers(operands) | _scalars(record, operands, eps)
@@ -90,7 +92,6 @@ def _kind_of(record: Record, operands: Mapping[str, Operand | None]) -> Rows:
     return Rows(
         channels=record.q.channels,
         run=widest_run(record.q),
-        heads=int(_needed(operands, "q").shape[2]),
         wide_tables=cos is not None and cos.itemsize > 2,
         scattered=is_scattered(record),
     )

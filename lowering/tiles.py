@@ -32,7 +32,7 @@ class Tile:
 @dataclasses.dataclass(frozen=True)
 class Rule:
     """The tile for rows (tokens x heads of q, k and v) of contiguous runs of channels up to these,
-    and of so many channels, and heads of q, at most.
+    and of so many channels, at most.
 
     run: the widest block of a row that is loaded as one: half the rotated channels where pairs are
     halves, all of them where pairs are neighbours.
@@ -42,29 +42,24 @@ class Rule:
     run: float
     tile: Tile
     channels: float = float("inf")
-    heads: float = float("inf")
 
 
 MANY = float("inf")
 
 # Measured on an H200 for q, k, v of 16/8 to 64/8 heads in one batch row; the default of other
-# targets too. Ahead, 16 elements a thread, were fastest where every program has a place at once:
-# with more rows a table in each row's shape costs more than it saves, but for rows of 256 channels.
-# Of many rows that are not, a row's elements lie on a warp's threads as a table's do, where
-# tokens * run = 256 * warps, but for halves of 64 channels, where fewer elements a thread were
-# faster. Why 16 heads and 32 want other tiles of few rows we do not know.
+# targets too. Of halves of 64 channels and rows of 256 all but the fewest were fastest ahead, with
+# 8 or 16 elements a thread. What is not ahead has a row's elements on a warp's threads as a table's
+# where there are many: tokens * run = 256 * warps.
 HOPPER = (
     Rule(2048, 32, Tile(1, 4, 4)),
     Rule(MANY, 32, Tile(8, 2, 1)),
     Rule(48, 64, Tile(1, 4, 4)),
     Rule(64, MANY, Tile(1, 1, 1)),
     Rule(640, 64, Tile(2, 4, 8)),
-    Rule(2048, 64, Tile(2, 4, 8), heads=16),
-    Rule(32768, 64, Tile(4, 4, 4, ahead=True), heads=16),
     Rule(6144, 64, Tile(1, 8, 4, ahead=True)),
-    Rule(16384, 64, Tile(1, 8, 2, ahead=True)),
-    Rule(32768, 64, Tile(1, 8, 4, ahead=True)),
-    Rule(MANY, 64, Tile(2, 4, 2)),
+    Rule(12288, 64, Tile(2, 8, 4, ahead=True)),
+    Rule(2**16, 64, Tile(1, 8, 2, ahead=True)),
+    Rule(MANY, 64, Tile(1, 8, 4, ahead=True)),
     Rule(4096, MANY, Tile(1, 8, 8), channels=128),
     Rule(16384, MANY, Tile(1, 8, 4), channels=128),
     Rule(2**18, MANY, Tile(1, 8, 2), channels=128),
@@ -98,7 +93,6 @@ class Rows:
 
     channels     D
     run          see Rule
-    heads        of q
     wide_tables  cos and sin have 4 bytes an element
     scattered    each pair turns by a table row of its own, or a cache's innermost axis is none of
                  channels
@@ -106,7 +100,6 @@ class Rows:
 
     channels: int
     run: int
-    heads: int
     wide_tables: bool = False
     scattered: bool = False
 
@@ -121,10 +114,7 @@ def tile_for(target: str, rows: int, kind: Rows) -> Tile:
     return next(
         rule.tile
         for rule in rules
-        if rows <= rule.rows
-        and kind.run <= rule.run
-        and kind.channels <= rule.channels
-        and kind.heads <= rule.heads
+        if rows <= rule.rows and kind.run <= rule.run and kind.channels <= rule.channels
     )
 
 

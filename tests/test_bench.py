@@ -96,7 +96,7 @@ def test_tune_times_what_the_recipes_fuse(recipe: str, few_positions: None) -> N
 def test_rows_by_float32_tables_have_tiles_by_their_elements(
     channels: int, run: int, rows: int, wanted: Tile
 ) -> None:
-    kind = Rows(channels, run, heads=32, wide_tables=True)
+    kind = Rows(channels, run, wide_tables=True)
     assert tile_for("sm_90", rows, kind) == wanted
     kind = dataclasses.replace(kind, scattered=True)
     assert tile_for("sm_90", rows, kind) == Tile(1, 8, 2)
@@ -113,16 +113,10 @@ def test_every_launch_has_a_tile() -> None:
     for channels, run, count in itertools.product(
         (16, 64, 80, 128, 256, 512), (8, 32, 64, 128), ROWS
     ):
-        for heads, wide in itertools.product((8, 64), (False, True)):
-            tile = tile_for("sm_90", count, Rows(channels, run, heads, wide))
+        for wide in (False, True):
+            tile = tile_for("sm_90", count, Rows(channels, run, wide))
             assert tile.warps in (1, 2, 4, 8)
             assert all(n & (n - 1) == 0 for n in dataclasses.astuple(tile))
-
-
-@pytest.mark.null
-def test_rows_of_few_and_of_many_heads_have_tiles_of_their_own() -> None:
-    few, many = (tile_for("sm_90", 8192, Rows(128, 64, heads)) for heads in (16, 32))
-    assert few == Tile(4, 4, 4, ahead=True) and many == Tile(1, 8, 2, ahead=True)
 
 
 @pytest.mark.null

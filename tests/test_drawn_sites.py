@@ -144,7 +144,7 @@ def sites_on_the_kernel(start: int, examples: int, until: float = math.inf) -> i
     ) -> None:
         nonlocal checked
         q = site.record.q
-        kind = Rows(q.channels, launch.widest_run(q), heads=32, wide_tables=wide)
+        kind = Rows(q.channels, launch.widest_run(q), wide_tables=wide)
         tile = dataclasses.replace(tile_for("", rows, kind), ahead=ahead)
         for call in calls:
             if time.monotonic() > until:

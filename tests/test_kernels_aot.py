@@ -160,10 +160,36 @@ def test_tables_asked_for_ahead_lie_on_the_threads_of_the_rows(tile):
         shared[ahead] = compiled.metadata.shared
     assert shared[True] == 0 < shared[False]
     # 256 tokens with tables of 16 bits take such a tile, float32 tables do not.
-    assert planned(case).constants["SITE"][-1]
+    assert planned(case).constants["SITE"][12]
     for name in ("cos", "sin"):
         case.tensors[name] = case.tensors[name].float()
-    assert not planned(case).constants["SITE"][-1]
+    assert not planned(case).constants["SITE"][12]
+
+
+def test_rows_wait_for_no_load_that_others_need():
+    """Slots are loaded by the programs that store, and bfloat16 is widened in one instruction."""
+    case = operands("qwen3", heads=16, kv_heads=8, tokens=256, slots=256, dtype=torch.bfloat16)
+    plan = planned(case)
+    options = {"num_warps": plan.warps, "num_stages": 1, "enable_fp_fusion": True}
+    ptx = triton.compile(source(plan), target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+    shared, *_ = ptx.partition("bra ")
+    assert "ld.param" in shared and "ld.global" not in shared
+    assert "ld.global" in ptx and "cvt.f32.bf16" not in ptx
+
+
+def test_rows_at_few_positions_of_a_table_are_not_held_for_later_programs():
+    def lasting(case):
+        return planned(case).constants["SITE"][13]
+
+    few, many = (
+        operands("flux", heads=16, kv_heads=16, tokens=n, slots=8, dtype=torch.bfloat16)
+        for n in (16, 4096)
+    )
+    assert lasting(few) and lasting(many)
+    for case in (few, many):
+        tokens = case.tensors["q"].shape[1]
+        case.tensors["positions"] = torch.zeros(1, tokens, dtype=torch.int64)
+    assert not lasting(few) and lasting(many)
 
 
 def written_arguments(plan: launch.Launch) -> set[str]:
