@@ -130,7 +130,8 @@ def project_norm_rope_store(
     Writes: sums [M, channels of all heads], counters, x_sum [HIDDEN] where FRONT says so, and what
     `kernels.tile` writes.
     Numerics: float32 from load to store, one rounding; x + residual rounded as torch rounds it. The
-    same bits in every run.
+    same bits in every run. Behind a norm, sums of weights and hidden states beyond about 1e36 are
+    beyond float32 before 1 / rms is multiplied: NaN where eager's are 0.
     """
     i_block, i_part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
     Q: tl.constexpr = SITE[0]
