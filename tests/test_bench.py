@@ -104,6 +104,36 @@ def test_rows_by_float32_tables_have_tiles_by_their_elements(
 
 
 @pytest.mark.null
+def test_placements_are_timed_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [
+        timing.placement_count("cuda", b, t)
+        for b, t in ((10**6, 64), (10**6, 256), (10**9, 1), (10**10, 1))
+    ] == [4, 1, 2, 1]
+    assert timing.placement_count("cpu", 10**6, 64) == 1
+    sampler = timing.in_turn([lambda: 1.0, lambda: 3.0])
+    assert timing.interleaved({"": sampler}, 40)[""] == timing.Spread(2.0, 1.0, 3.0)
+
+
+@pytest.mark.cpu
+@torch.no_grad()
+def test_each_placement_has_buffers_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = set()
+
+    def eager(case: Case, chain: Chain) -> Any:
+        def run(*args: Tensor) -> Any:
+            seen.add(args[0].data_ptr())
+            return chain(*args)
+
+        return run
+
+    monkeypatch.setattr(timing, "placement_count", lambda *_: 3)
+    row = measure.measure(small("prelude"), "cpu", [run_of(eager)], 2, 1e4)
+    assert row.placements == 3 and row.figures["other"].us is not None
+    # One more for the check.
+    assert len(seen) >= 3 * row.buffers
+
+
+@pytest.mark.null
 def test_a_program_has_no_more_tokens_than_there_are() -> None:
     assert [Tile(8, 4, 2).within(n).tokens for n in (1, 2, 3, 8, 100)] == [1, 2, 4, 8, 8]
 

@@ -20,9 +20,16 @@ CALLS = 64
 
 
 def cost(
-    case: Case, device: str, run: Callable[..., Any], sets: list[Inputs], rounds: int
+    case: Case, device: str, run: Callable[..., Any], placed: list[list[Inputs]], rounds: int
 ) -> timing.Spread:
-    """µs a call at T = 1; each set of buffers has weights of its own."""
+    """µs a call at T = 1, over all placements; each set of buffers has weights of its own."""
+    samplers = [_sampler(case, device, run, sets) for sets in placed]
+    return timing.interleaved({"": timing.in_turn(samplers)}, rounds)[""]
+
+
+def _sampler(
+    case: Case, device: str, run: Callable[..., Any], sets: list[Inputs]
+) -> timing.Sampler:
     shape, widths = case.shape, case.shape.widths()
     weights = [
         _drawn(device, sum(widths), widths[0], shape.hidden, seed) for seed in range(len(sets))
@@ -45,7 +52,7 @@ def cost(
         device, [functools.partial(with_prelude, s, *w) for s, w in pairs], count
     )
     rest = timing.sampler(device, [functools.partial(without, *w) for w in weights], count)
-    return timing.interleaved({"": lambda: whole() - rest()}, rounds)[""]
+    return lambda: whole() - rest()
 
 
 def _drawn(

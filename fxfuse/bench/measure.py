@@ -1,6 +1,7 @@
 """One row: the case's chain built by each opponent, checked, then timed beside the others."""
 
 import functools
+import itertools
 import time
 from collections.abc import Sequence
 
@@ -84,16 +85,22 @@ def _time(
 ) -> None:
     """Fill in the times of a row."""
     row.buffers = timing.buffer_count(device, row.moved_bytes, case.tokens)
-    sets = [recipes.draw(case, device, seed) for seed in range(row.buffers)]
     count = timing.call_count(row.buffers, row.moved_bytes, copy_speed)
+    set_bytes, seeds = row.buffers * row.moved_bytes, itertools.count()
+    row.placements = timing.placement_count(device, set_bytes, case.tokens)
+    placed = [
+        [recipes.draw(case, device, next(seeds)) for _ in range(row.buffers)]
+        for _ in range(row.placements)
+    ]
     samplers = {}
     for name, run in runs.items():
         try:
-            calls = [functools.partial(run, *s.args) for s in sets]
-            samplers[name] = timing.sampler(device, calls, count)
+            calls = [[functools.partial(run, *s.args) for s in sets] for sets in placed]
+            samplers[name] = timing.in_turn([timing.sampler(device, c, count) for c in calls])
         except RuntimeError as problem:
             row.figures[name].wrong = f"not captured: {told(problem)}"
-    samplers[""] = timing.copy_sampler(device, row.moved_bytes, row.buffers, count)
+    copies = [timing.copy_sampler(device, row.moved_bytes, row.buffers, count) for _ in placed]
+    samplers[""] = timing.in_turn(copies)
     times = timing.interleaved(samplers, rounds)
     row.copy_us = times.pop("").median
     for name, us in times.items():
@@ -101,4 +108,4 @@ def _time(
     if device == "cuda" and case.tokens == 1 and case.recipe == "prelude" and case.shape.hidden:
         best = row.best([name for name in runs if name != "fxfuse"])
         for name in [n for n in times if n in ("fxfuse", best)]:
-            row.figures[name].marginal = marginal.cost(case, device, runs[name], sets, rounds)
+            row.figures[name].marginal = marginal.cost(case, device, runs[name], placed, rounds)

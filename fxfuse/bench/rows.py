@@ -51,6 +51,8 @@ class Fusion:
 class Row:
     """One case and its figures.
 
+    buffers     sets of buffers that a sample goes round
+    placements  how often these were drawn anew
     copy_us     a plain kernel that moves as many bytes
     carried_us  µs of SGLang's kernel in another run, as they were; None where there is none
     """
@@ -61,6 +63,7 @@ class Row:
     tokens: int
     moved_bytes: int
     buffers: int = 0
+    placements: int = 1
     eager_error: float = 0.0
     figures: dict[str, Figure] = dataclasses.field(default_factory=dict)
     fusion: Fusion | None = None
