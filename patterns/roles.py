@@ -4,6 +4,9 @@ and row scale by what they depend on and how they vary.
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
+
+import torch
 
 from fxfuse.patterns.access import Refused
 from fxfuse.patterns.gathers import gathered
@@ -11,6 +14,10 @@ from fxfuse.patterns.norms import before_centring, is_centred, real, rows_of
 from fxfuse.patterns.rotation import Entry
 from fxfuse.patterns.value import Atom, Factor, Index, Kind, Leaf, Value, is_statistic
 from fxfuse.slots import Slot
+
+aten = torch.ops.aten
+# Beside pointwise ops and views what may stand between an input and the rows taken of it.
+JOINS = {aten._to_copy.default, aten.cat.default}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,12 +129,27 @@ def is_table(factor: Factor, common: set[Leaf], channels: tuple[Atom, ...] = ())
 
 def _is_given(leaf: Leaf) -> bool:
     """Whether a leaf is an input of the graph, as tables are where an attention is a graph of its
-    own, or rows that are taken of one by position.
+    own, or rows that are taken by position of one, or of what is computed from inputs alone.
     """
-    slot = leaf.slot
-    while isinstance(slot, Slot) and slot.call is not None and (taken := gathered(slot.call)):
-        slot, _ = taken
-    return isinstance(slot, Slot) and slot.call is None
+    if not isinstance(leaf.slot, Slot):
+        return False
+    pending, taken = [leaf.slot], leaf.slot.call is None
+    for slot in pending:
+        call = slot.call
+        if call is None:
+            continue
+        rows = gathered(call)
+        if not rows and not _is_by_element(call.op):
+            return False
+        taken = taken or rows is not None
+        pending += [x for x in (rows[:1] if rows else call.inputs()) if x not in pending]
+    return taken
+
+
+def _is_by_element(op: Any) -> bool:
+    """Whether each element of a call's result is a function of one element of each operand."""
+    pointwise = torch.Tag.pointwise in getattr(op, "tags", ())
+    return pointwise or getattr(op, "is_view", False) or op in JOINS
 
 
 def _only(factors: Sequence[Factor], role: str) -> Factor | None:

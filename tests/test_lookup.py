@@ -89,6 +89,22 @@ def test_a_table_that_is_an_argument_of_the_model_is_one_too(name: str) -> None:
     assert "rope(by position)" in stages(toy, positions, given=(toy.table.flip(0).clone(),))
 
 
+COMPUTED: dict[str, Take] = {
+    "scaled": lambda table, at: (table * 1.5)[at],
+    "joined": lambda table, at: torch.cat((table[:, :D], -table[:, D:]), -1)[at],
+    "rows joined": lambda table, at: torch.cat((table[at][:, :D] * 1.5, table[at][:, D:]), -1),
+    "fewer rows": lambda table, at: table[1:].unsqueeze(0).expand(2, -1, -1)[0][at % (N - 1)],
+    "of frequencies": lambda table, at: torch.cat((table[:, :D].cos(), table[:, D:].sin()), -1)[at],
+}
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+def test_a_table_computed_from_an_argument_is_one_too(name: str) -> None:
+    toy = Looked(COMPUTED[name])
+    found = stages(toy, ONE_ROW, given=(toy.table.flip(0).clone(),))
+    assert any(stage.startswith("rope") for stage in found), found
+
+
 def test_of_one_token_too() -> None:
     toy = Looked(lambda table, at: table[at], tokens=1)
     assert "rope(by position)" in stages(toy, ONE_ROW[:1])
