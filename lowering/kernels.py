@@ -107,8 +107,8 @@ def tile(rows, caches, factors, tables, strides, eps, T, sizes, block, SITE: tl.
         )  # fmt: skip
         o_row = (i_b * Q[1] + o_h) * n_t + o_t if Q[9] else (i_b * n_t + o_t) * Q[1] + o_h
         store_row(q_out_ptr + o_row * Q[2], row, m_t & m_h, 1, 0, 1, Q_ROW)
-    # Each branch loads the slots that it uses, and none through a function: through a function's
-    # result Inductor would take them for written.
+    # Slots are loaded where they are used, or q's rows would wait for their addresses; and not
+    # through a function, or Inductor would take them for written.
     if K[0] > 0:  # noqa: SIM102
         if (i_block >= Q[0]) & (i_block < Q[0] + K[0]):
             o_h, m_h = heads_of(i_block - Q[0], K[11], K[1])

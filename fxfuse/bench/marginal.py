@@ -30,6 +30,7 @@ def cost(
 def _sampler(
     case: Case, device: str, run: Callable[..., Any], sets: list[Inputs]
 ) -> timing.Sampler:
+    """Of one placement: the difference of two graphs."""
     shape, widths = case.shape, case.shape.widths()
     weights = [
         _drawn(device, sum(widths), widths[0], shape.hidden, seed) for seed in range(len(sets))
