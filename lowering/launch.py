@@ -12,11 +12,13 @@ from typing import Any
 
 from fxfuse.lowering import launch_stores
 from fxfuse.lowering.operand import Operand, Size
-from fxfuse.lowering.tiles import WIDE_ROWS, Rows, Tile, tile_for
+from fxfuse.lowering.tiles import LASTING_ROWS, Rows, Tile, tile_for
 from fxfuse.patterns.axes import runs_of
 from fxfuse.patterns.record import Pair, Pass, Record, Stream
 
 MAX_PASSES = 2
+# Places in the kernel's SITE.
+TOKENS, AHEAD, LASTING = 11, 12, 13
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +60,7 @@ def plan(
     keeps = bool(record.k and record.k.keep)
     of_caches = launch_stores.caches(record, operands)
     tables = (_table_rows(operands), axis_runs(record))
-    # A few rows of a large table, at positions, are other rows in the next launch.
-    lasting = not operands.get("positions") or rows > WIDE_ROWS
+    lasting = not operands.get("positions") or rows > LASTING_ROWS
     site = (*of_streams, *of_rows, keeps, *of_caches, *tables, tile.tokens, tile.ahead, lasting)
     constants: dict[str, Any] = {"SITE": site, "SINGLE": q.shape[:2] == (1, 1)}
     grid = (ceil_div(q.shape[1], tile.tokens) * sum(programs), q.shape[0])

@@ -104,7 +104,7 @@ def test_rows_by_float32_tables_have_tiles_by_their_elements(
 
 
 @pytest.mark.null
-def test_placements_are_timed_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_placements_are_timed_in_turn() -> None:
     assert [
         timing.placement_count("cuda", b, t)
         for b, t in ((10**6, 64), (10**6, 256), (10**9, 1), (10**10, 1))

@@ -160,10 +160,10 @@ def test_tables_asked_for_ahead_lie_on_the_threads_of_the_rows(tile):
         shared[ahead] = compiled.metadata.shared
     assert shared[True] == 0 < shared[False]
     # 256 tokens with tables of 16 bits take such a tile, float32 tables do not.
-    assert planned(case).constants["SITE"][12]
+    assert planned(case).constants["SITE"][launch.AHEAD]
     for name in ("cos", "sin"):
         case.tensors[name] = case.tensors[name].float()
-    assert not planned(case).constants["SITE"][12]
+    assert not planned(case).constants["SITE"][launch.AHEAD]
 
 
 def test_rows_wait_for_no_load_that_others_need():
@@ -179,7 +179,7 @@ def test_rows_wait_for_no_load_that_others_need():
 
 def test_rows_at_few_positions_of_a_table_are_not_held_for_later_programs():
     def lasting(case):
-        return planned(case).constants["SITE"][13]
+        return planned(case).constants["SITE"][launch.LASTING]
 
     few, many = (
         operands("flux", heads=16, kv_heads=16, tokens=n, slots=8, dtype=torch.bfloat16)

@@ -309,7 +309,7 @@ def launched(of: Way) -> Iterator[str]:
     operands = {k: Operand.of(x) for k, x in tensors.items()}
     found = launch.plan(of.site.record, operands, (of.site.q.eps, 0.0), 1, "sm_90")
     site = found.constants["SITE"]
-    tile = f"{site[-2]} x {site[0][-1]} rows of q (tokens x heads)"
+    tile = f"{site[launch.TOKENS]} x {site[0][-1]} rows of q (tokens x heads)"
     yield f"kernel     {found.kernel}"
     yield f"grid       {found.grid}, {found.warps} warps; a program has {tile}"
     yield f"pointers   {', '.join(key for key in found.arguments if key in _pointers(tensors))}"
