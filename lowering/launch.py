@@ -93,6 +93,7 @@ def _kind_of(record: Record, operands: Mapping[str, Operand | None]) -> Rows:
     return Rows(
         channels=record.q.channels,
         run=widest_run(record.q),
+        heads=min(int(x.shape[2]) for x in map(operands.get, "qkv") if x),
         wide_tables=cos is not None and cos.itemsize > 2,
         scattered=is_scattered(record),
     )

@@ -83,24 +83,36 @@ def test_tune_times_what_the_recipes_fuse(recipe: str, few_positions: None) -> N
         (128, 64, 2560, Tile(1, 16, 8)),
         (64, 32, 2560, Tile(1, 16, 4)),
         (256, 256, 1280, Tile(1, 8, 8)),
-        (128, 64, 4096, Tile(1, 8, 8)),
+        (64, 64, 4096, Tile(1, 16, 8)),
+        (128, 128, 4096, Tile(1, 8, 4)),
+        (256, 256, 4096, Tile(1, 4, 4)),
         (128, 64, 12288, Tile(1, 8, 4)),
         (64, 32, 12288, Tile(1, 16, 4)),
-        (128, 64, 2**17, Tile(2, 4, 1)),
+        (128, 64, 2**15, Tile(4, 2, 1)),
+        (128, 128, 2**15, Tile(4, 4, 2)),
+        (256, 256, 12288, Tile(1, 4, 1)),
         (64, 32, 2**17, Tile(4, 4, 1)),
-        (128, 128, 2**17, Tile(1, 8, 1)),
-        (256, 256, 2**17, Tile(1, 4, 1)),
-        (80, 40, 2**17, Tile(2, 4, 1)),
+        (64, 64, 2**17, Tile(4, 4, 1)),
+        (80, 40, 2**17, Tile(4, 2, 1)),
     ],
 )
 def test_rows_by_float32_tables_have_tiles_by_their_elements(
     channels: int, run: int, rows: int, wanted: Tile
 ) -> None:
-    kind = Rows(channels, run, wide_tables=True)
+    kind = Rows(channels, run, heads=8, wide_tables=True)
     assert tile_for("sm_90", rows, kind) == wanted
     kind = dataclasses.replace(kind, scattered=True)
     assert tile_for("sm_90", rows, kind) == Tile(1, 8, 2)
     assert tile_for("sm_90", 2 * 2**17, kind) == Tile(2, 8, 2)
+
+
+@pytest.mark.null
+def test_few_heads_of_k_and_v_leave_no_tile_half_empty() -> None:
+    for count in (2304, 9216, 2**18):
+        assert tile_for("sm_90", count, Rows(128, 64, heads=4)) == Tile(2, 4, 2, ahead=True)
+        assert tile_for("sm_90", count, Rows(128, 64, heads=8)).heads == 8
+    # Of few rows the shape of the tile decides less than how many programs there are.
+    assert tile_for("sm_90", 1280, Rows(128, 64, heads=2)) == Tile(1, 8, 4, ahead=True)
 
 
 @pytest.mark.null
@@ -143,8 +155,8 @@ def test_every_launch_has_a_tile() -> None:
     for channels, run, count in itertools.product(
         (16, 64, 80, 128, 256, 512), (8, 32, 64, 128), ROWS
     ):
-        for wide in (False, True):
-            tile = tile_for("sm_90", count, Rows(channels, run, wide))
+        for heads, wide in itertools.product((1, 8), (False, True)):
+            tile = tile_for("sm_90", count, Rows(channels, run, heads, wide))
             assert tile.warps in (1, 2, 4, 8)
             assert all(n & (n - 1) == 0 for n in dataclasses.astuple(tile))
 

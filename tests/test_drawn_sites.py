@@ -144,7 +144,8 @@ def sites_on_the_kernel(start: int, examples: int, until: float = math.inf) -> i
     ) -> None:
         nonlocal checked
         q = site.record.q
-        kind = Rows(q.channels, launch.widest_run(q), wide_tables=wide)
+        heads = min(site.heads, site.kv_heads)
+        kind = Rows(q.channels, launch.widest_run(q), heads, wide_tables=wide)
         tile = dataclasses.replace(tile_for("", rows, kind), ahead=ahead)
         for call in calls:
             if time.monotonic() > until:
