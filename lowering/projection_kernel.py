@@ -30,7 +30,26 @@ FRONT   of the norm in front: whether there is one, whether it has a weight, wha
 import triton
 import triton.language as tl
 
+from fxfuse.lowering.kernel_rows import widened
 from fxfuse.lowering.kernels import static_tile
+
+
+@triton.jit
+def sum_of(x_ptr, residual_ptr, o_k, m_k):
+    """A block of x + residual, rounded as torch rounds it."""
+    x = tl.load(x_ptr + o_k, mask=m_k, other=0.0)
+    residual = tl.load(residual_ptr + o_k, mask=m_k, other=0.0)
+    return (x.to(tl.float32) + residual.to(tl.float32)).to(x.dtype)
+
+
+@triton.jit
+def zero_or_nan(x_ptr, residual_ptr, HIDDEN: tl.constexpr, BLOCK_K: tl.constexpr):
+    """What a product comes to where 1 / rms is 0: 0, NaN where a sum is not finite."""
+    total = tl.zeros([BLOCK_K], tl.float32)
+    for k in range(0, HIDDEN, BLOCK_K):
+        o_k = k + tl.arange(0, BLOCK_K)
+        total += sum_of(x_ptr, residual_ptr, o_k, o_k < HIDDEN).to(tl.float32) * 0.0
+    return tl.sum(total)
 
 
 @triton.jit
@@ -41,10 +60,8 @@ def factors(
     """A block of x; with a norm in front of (x + residual) * weight, as float32, and the squares of
     the sum grow by the block's. The first program writes the sum.
     """
-    x = tl.load(x_ptr + o_k, mask=m_k, other=0.0)
     if FRONT[0]:
-        residual = tl.load(residual_ptr + o_k, mask=m_k, other=0.0)
-        added = (x.to(tl.float32) + residual.to(tl.float32)).to(x.dtype)
+        added = sum_of(x_ptr, residual_ptr, o_k, m_k)
         if FRONT[3]:
             channels = tl.where(tl.program_id(0) == 0, HIDDEN, 0)
             tl.store(x_sum_ptr + o_k, added, mask=o_k < channels)
@@ -53,6 +70,8 @@ def factors(
         if FRONT[1]:
             weight = tl.load(x_weight_ptr + o_k, mask=m_k, other=0.0)
             x *= weight.to(tl.float32) + FRONT[2]
+    else:
+        x = tl.load(x_ptr + o_k, mask=m_k, other=0.0)
     return x, squares
 
 
@@ -87,7 +106,7 @@ def project_rows(
             x, squares = factors(
                 x_ptr, residual_ptr, x_weight_ptr, x_sum_ptr, squares, k + o_k, m_k, HIDDEN, FRONT,
             )  # fmt: skip
-            total += w.to(tl.float32) * x.to(tl.float32)[None, :]
+            total += widened(w) * widened(x)[None, :]
         else:
             x = tl.load(
                 x_ptr + o_m * HIDDEN + (k + o_k)[:, None], mask=(o_m < M) & m_k[:, None], other=0.0
@@ -97,7 +116,12 @@ def project_rows(
         total = tl.sum(total, 1)
         if FRONT[0]:
             # Inductor hands eps over as float64.
-            total *= tl.rsqrt(tl.sum(squares) / HIDDEN + tl.cast(x_eps, tl.float32))
+            r = tl.rsqrt(tl.sum(squares) / HIDDEN + tl.cast(x_eps, tl.float32))
+            total *= r
+            if r == 0.0:
+                # The squares are beyond float32, and so may be the sums.
+                total = tl.zeros([ROWS], tl.float32)
+                total += zero_or_nan(x_ptr, residual_ptr, HIDDEN, BLOCK_K)
     bias = tl.zeros([ROWS], tl.float32)
     if WEIGHT[2]:
         bias = tl.load(b_ptr + i_head * WEIGHT[3] + o_d * WEIGHT[4], mask=m_d, other=0.0)
@@ -130,8 +154,7 @@ def project_norm_rope_store(
     Writes: sums [M, channels of all heads], counters, x_sum [HIDDEN] where FRONT says so, and what
     `kernels.tile` writes.
     Numerics: float32 from load to store, one rounding; x + residual rounded as torch rounds it. The
-    same bits in every run. Behind a norm, sums of weights and hidden states beyond about 1e36 are
-    beyond float32 before 1 / rms is multiplied: NaN where eager's are 0.
+    same bits in every run.
     """
     i_block, i_part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
     Q: tl.constexpr = SITE[0]

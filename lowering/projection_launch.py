@@ -19,8 +19,8 @@ CORE_ROWS = 16
 TINY_HIDDEN, SMALL_HIDDEN = 1024, 2048
 # Hidden sizes that were faster in smaller blocks, of those from 1024 to 5120 that were measured.
 NARROW = (2048, 2880, 4096)
-# With a norm in front all sizes up to this one were.
-MOST_NARROW = 4096
+# Programs of one warp and up to 168 registers that an H200 has places for at once: 12 an SM.
+PLACES = 12 * 132
 # Rows that the kernel norms.
 NORMED_ROWS = 1
 # Elements of a head's batch rows that a warp norms and rotates together.
@@ -39,20 +39,22 @@ class Block:
     stages: int
 
 
-def block_for(tokens: int, hidden: int, front: bool = False) -> Block:
-    """The launch table, measured on an H200 (bfloat16, hidden sizes 1024 to 5120, 1 to 16 tokens);
-    `front` is a norm in front.
+def block_for(tokens: int, hidden: int, channels: int, front: bool = False) -> Block:
+    """The launch table, measured on an H200 (bfloat16, hidden sizes 1024 to 5376, 1 to 16 tokens);
+    channels are those of all heads, `front` is a norm in front.
 
     One token: 512 = 16 or 32 bytes for each of a row's threads, so that x lies on the threads as
-    the weight does and need not be moved between them.
+    the weight does and need not be moved between them. Behind a norm a program has more registers:
+    blocks of 256 where so many programs would not have a place at once.
     """
     if tokens > 1:
         small = hidden <= SMALL_HIDDEN
         return Block(CORE_ROWS, 128, 1, 4) if small else Block(CORE_ROWS, 256, 1, 3)
-    if hidden <= TINY_HIDDEN:
+    if front and channels > 4 * PLACES:
+        return Block(4, 256, 1, 1)
+    if hidden <= TINY_HIDDEN or (front and hidden % 512 == 0):
         return Block(4, 512, 1, 1)
-    narrow = hidden <= MOST_NARROW if front else hidden in NARROW
-    return Block(4 if narrow else 8, 512, 2, 1)
+    return Block(4 if front or hidden in NARROW else 8, 512, 2, 1)
 
 
 def widths(operands: Mapping[str, Operand | None]) -> dict[str, tuple[int, int]]:
@@ -82,8 +84,9 @@ def plan(
     x = _needed(operands, "x")
     batch, tokens, hidden = (int(n) for n in x.shape)
     assert record.front is None or batch * tokens <= NORMED_ROWS, "rows to norm"
-    block = block or block_for(batch * tokens, hidden, record.front is not None)
     streams = widths(operands)
+    _, channels = sums_shape(operands, 1)
+    block = block or block_for(batch * tokens, hidden, channels, record.front is not None)
     given = dict(operands) | _streams(operands, batch, tokens)
     tile = Tile(launch.power_above(tokens), 1, block.warps)
     behind = launch.plan(record, given, eps, tokens, target, tile)

@@ -35,6 +35,28 @@ def surrounded(shape: Shape) -> None:
         torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-5)
 
 
+def beyond_squares(shape: Shape) -> None:
+    """Where squares of the sum are beyond float32, 1 / rms is 0, and so is what eager projects,
+    but for a sum that is not finite."""
+    from fxfuse.lowering import direct
+
+    for infinite in (False, True):
+        given = tensors(shape, torch.float32)
+        given["x"].sign_().mul_(3e38)
+        given["residual"].zero_()
+        # All of one sign: the terms of a channel's sum do not cancel out.
+        for name in "qkv":
+            given[f"{name}_proj"] = given[f"{name}_proj"].abs() * given["x"].sign().view(-1)
+            given[f"{name}_proj_bias"] = torch.zeros(given[f"{name}_proj"].shape[:2])
+        given["x_weight"].fill_(2.0)
+        if infinite:
+            given["residual"].view(-1)[-1] = torch.inf
+        plan, (q, *_), _ = planned(shape, given)
+        direct.prepared(plan)()
+        v = given["v_cache"][..., given["slots"][0], :]
+        assert q.isnan().all() and v.isnan().all() if infinite else not q.any() and not v.any()
+
+
 def main() -> None:
     from fxfuse.lowering import direct
 
@@ -47,6 +69,8 @@ def main() -> None:
         print(name, "ok", flush=True)
     for name in ("qwen3", "gptj, packed", "qwen3, normed", "qwen3, 1 + w"):
         surrounded(SHAPES[name])
+    for name in ("qwen3, normed", "qwen3, 1 + w"):
+        beyond_squares(SHAPES[name])
     print("done")
 
 
