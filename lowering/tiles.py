@@ -50,17 +50,17 @@ MANY = float("inf")
 
 # Measured on an H200 for q, k, v of 8/1 to 64/8 heads in one batch row; the default of other
 # targets too. Of halves of 64 channels and rows of 256 all but the fewest were fastest ahead, with
-# 8 or 16 elements a thread. Where k and v have four heads, a tile of eight is half empty: it took
-# up to 7 % more, up to 20 % where they have two or one. What is not ahead has a row's elements on a
-# warp's threads as a table's where there are many: tokens * run = 256 * warps.
+# 8 or 16 elements a thread. Where k and v have four heads, a tile of eight is half empty: for many
+# rows it took up to 7 % more, up to 20 % where they have two or one. What is not ahead has a row's
+# elements on a warp's threads as a table's where there are many: tokens * run = 256 * warps.
 HOPPER = (
     Rule(2048, 32, Tile(1, 4, 4)),
     Rule(MANY, 32, Tile(8, 2, 1)),
     Rule(48, 64, Tile(1, 4, 4)),
     Rule(64, MANY, Tile(1, 1, 1)),
-    Rule(640, 64, Tile(2, 4, 8)),
-    Rule(2048, 64, Tile(1, 8, 4, ahead=True)),
+    Rule(2048, 64, Tile(1, 8, 4, ahead=True), heads=4),
     Rule(MANY, 64, Tile(2, 4, 2, ahead=True), heads=4),
+    Rule(640, 64, Tile(2, 4, 8)),
     Rule(6144, 64, Tile(1, 8, 4, ahead=True)),
     Rule(12288, 64, Tile(2, 8, 4, ahead=True)),
     Rule(2**16, 64, Tile(1, 8, 2, ahead=True)),
