@@ -56,7 +56,7 @@ def _projected_bfloat16(facts: Facts) -> bool:
 
 def _normed_bfloat16(facts: Facts) -> bool:
     """With the norm of a sum in front: each program norms for itself, which more and wider heads
-    make no gain of.
+    make little or no gain of.
     """
     record = facts.record
     if not isinstance(record, Record) or record.front is None or not _projected_bfloat16(facts):

@@ -9,8 +9,20 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fxfuse import reference
 from tests.interpreted import interpreted
-from tests.projected_sites import SHAPES, Block, Shape, errors, planned, tensors, truth
+from tests.projected_sites import (
+    EPS,
+    SHAPES,
+    Block,
+    Shape,
+    arguments,
+    errors,
+    planned,
+    tensors,
+    truth,
+)
+from tests.sites import with_dtype
 from tests.test_kernels_interpreted import amid_nans
 
 pytestmark = pytest.mark.aot
@@ -36,10 +48,12 @@ def surrounded(shape: Shape) -> None:
 
 
 def beyond_squares(shape: Shape) -> None:
-    """Where squares of the sum are beyond float32, 1 / rms is 0, and so is what eager projects,
-    but for a sum that is not finite."""
+    """Where squares of the sum are beyond float32, 1 / rms is 0, and so is what eager projects, but
+    for a sum that is not finite.
+    """
     from fxfuse.lowering import direct
 
+    record = with_dtype(shape.record, "float32")
     for infinite in (False, True):
         given = tensors(shape, torch.float32)
         given["x"].sign_().mul_(3e38)
@@ -51,10 +65,13 @@ def beyond_squares(shape: Shape) -> None:
         given["x_weight"].fill_(2.0)
         if infinite:
             given["residual"].view(-1)[-1] = torch.inf
+        eager = {name: x.clone() for name, x in given.items()}
+        want = reference.project_norm_rope_store_(*arguments(eager), *EPS, record)[0]
+        assert want.isnan().all() if infinite else not want.any()
         plan, (q, *_), _ = planned(shape, given)
         direct.prepared(plan)()
-        v = given["v_cache"][..., given["slots"][0], :]
-        assert q.isnan().all() and v.isnan().all() if infinite else not q.any() and not v.any()
+        for got, exact in ((q, want), *((given[n], eager[n]) for n in ("k_cache", "v_cache"))):
+            torch.testing.assert_close(got, exact.view_as(got), rtol=0, atol=0, equal_nan=True)
 
 
 def main() -> None:
